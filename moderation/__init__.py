@@ -1,0 +1,1 @@
+"""The text classifier that judges what goes in and out, its policy and its training."""

@@ -1,0 +1,1 @@
+"""GPTQ quantisation: algorithm, kernels, on-disk formats and reports. Imports none of our other packages."""

@@ -1,0 +1,11 @@
+"""What can go wrong with checkpoints and quantisation. Every message names what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """A model directory or weight file cannot be used."""
+
+
+class QuantizationError(Exception):
+    """A quantisation request cannot be carried out as asked."""

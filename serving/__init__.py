@@ -1,0 +1,1 @@
+"""The serving half of Causerie: model, engine, gateway and the `causerie` command."""

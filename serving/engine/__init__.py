@@ -1,0 +1,1 @@
+"""The synchronous inference engine and the process that runs it."""

@@ -1,0 +1,1 @@
+"""The HTTP API: validation, moderation, streaming, limits and health."""

@@ -1,0 +1,1 @@
+"""The decoder, its weights, its tokenizer and its chat format; also what training trains."""

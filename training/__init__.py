@@ -1,0 +1,1 @@
+"""The training stages. Each one reads a model directory and writes one."""

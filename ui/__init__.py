@@ -1,0 +1,1 @@
+"""The chat page. Speaks HTTP to the public API and imports none of our other packages."""
