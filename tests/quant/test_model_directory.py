@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quant.errors import CheckpointError
+from quant.model_directory import (
+    DataFile,
+    Manifest,
+    Parent,
+    hash_directory,
+    publish_directory,
+    read_manifest,
+    remove_leftovers,
+    write_manifest,
+)
+
+pytestmark = pytest.mark.unit
+
+
+def test_manifest_survives_a_round_trip(tmp_path: Path) -> None:
+    manifest = Manifest(
+        stage="quantize",
+        parents=(Parent("smollm2", "ab" * 32),),
+        data=(DataFile("calibration.jsonl", "cd" * 32, 128),),
+        config={"bits": 4, "symmetric": True, "group_size": None},
+        seed=0,
+        metrics={"perplexity": 12.5},
+        chat_format_sha256="ef" * 32,
+    )
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_directory_without_manifest_has_none(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected an object"),
+        ('{"version": 9, "stage": "sft"}', "manifest version 9"),
+        ('{"version": 1, "stage": "baked"}', "stage is 'baked'"),
+        ('{"version": 1}', "not a valid manifest"),
+        ('{"version": 1, "stage": "sft", "parents": 3}', "parents is not a list"),
+        ('{"version": 1, "stage": "sft", "parents": [{"name": "a"}]}', "sha256"),
+        ('{"version": 1, "stage": "sft", "seed": "x"}', "seed"),
+    ],
+)
+def test_malformed_manifest_is_refused_with_what_was_wrong(tmp_path: Path, record: str, reason: str) -> None:
+    (tmp_path / "causerie.json").write_text(record)
+    with pytest.raises(CheckpointError, match=reason):
+        read_manifest(tmp_path)
+
+
+def test_published_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with publish_directory(target) as directory:
+        (directory / "config.json").write_text("{}")
+        assert not target.exists()
+    assert (target / "config.json").read_text() == "{}"
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_failed_publication_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), publish_directory(target) as directory:
+        (directory / "config.json").write_text("half")
+        raise RuntimeError
+    assert (target / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_publication_replaces_every_file_of_the_old_directory(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "stale.safetensors").write_text("old")
+    with publish_directory(target) as directory:
+        (directory / "config.json").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_leftovers_of_killed_writers_are_removed_and_models_kept(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial-1-ab").mkdir()
+    (tmp_path / "model").mkdir()
+    assert [path.name for path in remove_leftovers(tmp_path)] == [".model.partial-1-ab"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_content_hash_follows_weights_and_not_reports(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = hash_directory(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "causerie.json").write_text(json.dumps({}))
+    assert hash_directory(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"weightz")
+    assert hash_directory(tmp_path) != before
