@@ -1,0 +1,206 @@
+"""What the gateway needs from the rest of the product, as protocols and plain records.
+
+`serving.serve` builds one `Services` and hands it to `serving.gateway.app.build_app`; tests build one from fakes. Nothing
+here does work: the engine, the tokenizer, the chat format and the moderation policy come in as objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from serving.errors import EngineStopped, Unavailable
+
+if TYPE_CHECKING:
+    from moderation.policy import Turn, Verdict
+    from serving.engine.requests import EngineEvent, EngineRequest, EngineStats
+    from serving.metrics import Metrics
+    from serving.model.chat_format import ChatMessage
+
+OnFlagged = Literal["error", "refuse"]
+
+
+class EventStream(Protocol):
+    """The events of one request. Closing it before its terminal event cancels the request in the engine."""
+
+    def __aiter__(self) -> AsyncIterator[EngineEvent]: ...
+    async def __anext__(self) -> EngineEvent: ...
+    async def aclose(self) -> None: ...
+
+
+class EnginePort(Protocol):
+    """The shape of `serving.engine.client.EngineClient`."""
+
+    @property
+    def state(self) -> str: ...  # an EngineState: "starting", "ready", "restarting", "failed", "closed"
+    @property
+    def stats(self) -> EngineStats | None: ...
+    @property
+    def max_context(self) -> int | None: ...
+    def seconds_since_progress(self) -> float | None:
+        """None when nothing is queued or running."""
+        ...
+
+    def submit(self, request: EngineRequest) -> EventStream:
+        """Raises QueueFull or EngineStopped here or from the first iteration."""
+        ...
+
+    async def cancel(self, request_id: str, choice_index: int | None = None) -> bool: ...
+
+
+class TokenizerPort(Protocol):
+    """The part of `serving.model.tokenizer.ModelTokenizer` that the routes use."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def token_bytes(self) -> Sequence[bytes]: ...
+    def encode_prompt(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+    def token_text(self, token_id: int, /) -> str: ...
+
+
+class ChatFormatPort(Protocol):
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]: ...
+
+
+class ModerationPort(Protocol):
+    """The shape of `moderation.policy.Policy`."""
+
+    def judge_input(self, turns: Sequence[Turn]) -> Verdict: ...
+    def judge_texts(self, texts: Sequence[str]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json says; None leaves OpenAI's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model that answers. `chat_format` is None for a base model without a chat template."""
+
+    model_id: str
+    tokenizer: TokenizerPort
+    chat_format: ChatFormatPort | None
+    max_context: int
+    created: int  # seconds since the epoch
+    defaults: GenerationDefaults = GenerationDefaults()
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How far the first-run preparation is. `total` is 0 while it is unknown."""
+
+    stage: str
+    done: float = 0.0
+    total: float = 0.0
+
+    @property
+    def percent(self) -> float | None:
+        return round(100.0 * min(self.done / self.total, 1.0), 1) if self.total > 0 else None
+
+
+@dataclass(slots=True)
+class Readiness:
+    """What the server waits for. Written by the composition root, read by the routes.
+
+    `preparation` is set while a model is being prepared, `model` once there is one, `failure` when there never will be.
+    """
+
+    engine: EnginePort
+    preparation: Preparation | None = None
+    model: ServedModel | None = None
+    failure: str | None = None
+    retry_after_s: int = 5
+
+    def waiting_for(self) -> str | None:
+        """One line for people, or None when requests are answered."""
+        if self.failure is not None:
+            return self.failure
+        if self.model is None:
+            return f"the model is being prepared: {self.preparation.stage}" if self.preparation else "the model"
+        if self.engine.state != "ready":
+            return f"the engine is {self.engine.state}"
+        return None
+
+    def require_model(self) -> ServedModel:
+        """The model, or Unavailable with the reason and a Retry-After."""
+        reason = self.waiting_for()
+        if reason is None and self.model is not None:
+            return self.model
+        kind = Unavailable if self.model is None else EngineStopped
+        raise kind(f"not ready to answer yet: {reason}", retry_after_s=self.retry_after_s)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_messages: int = 512
+    max_choices: int = 16  # `n`, and for completions prompts times `n`
+    max_stop: int = 4
+    max_stop_length: int = 256  # characters
+    max_tokens: int = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """The part of the configuration that the gateway reads. `api_key` None lets everybody in (loopback only)."""
+
+    api_key: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()  # besides loopback names; "*" allows any, "*.example.org" its subdomains
+    allowed_origins: tuple[str, ...] = ()  # besides the server's own
+    on_flagged: OnFlagged = "error"
+    limits: RequestLimits = RequestLimits()
+    stall_after_s: float = 30.0
+    ping_interval_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRecord:
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """One answered or refused turn, for the store that comes with the feedback loop."""
+
+    request_id: str
+    model_id: str
+    turns: tuple[Turn, ...]
+    verdict: Verdict
+    prompt_ids: tuple[int, ...]
+    choices: tuple[ChoiceRecord, ...]
+
+
+class TurnSink(Protocol):
+    async def record(self, turn: TurnRecord) -> None: ...
+
+
+class NoSink:
+    """Keeps nothing."""
+
+    async def record(self, turn: TurnRecord) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything the routes use; one per app."""
+
+    settings: GatewaySettings
+    engine: EnginePort
+    readiness: Readiness
+    policy: ModerationPort
+    metrics: Metrics
+    sink: TurnSink = field(default_factory=NoSink)
