@@ -31,7 +31,7 @@ _FREED_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 class Metrics:
     """All metrics of one app. Names end in their unit."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats | None] | None = None) -> None:
+    def __init__(self) -> None:
         registry = CollectorRegistry()
         self.registry = registry
         self._requests = Counter("causerie_requests", "Answered requests", ["endpoint", "status"], registry=registry)
@@ -67,8 +67,10 @@ class Metrics:
             buckets=_FREED_BUCKETS,
             registry=registry,
         )
-        if engine_stats is not None:
-            registry.register(_EngineCollector(engine_stats))
+
+    def watch_engine(self, engine_stats: Callable[[], EngineStats | None]) -> None:
+        """Once per object: the gauges come from `engine_stats` at every scrape."""
+        self.registry.register(_EngineCollector(engine_stats))
 
     def request_finished(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()

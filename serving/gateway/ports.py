@@ -1,7 +1,7 @@
 """What the gateway needs from the rest of the product, as protocols and plain records.
 
-`serving.serve` builds one `Services` and hands it to `serving.gateway.app.build_app`; tests build one from fakes. Nothing
-here does work: the engine, the tokenizer, the chat format and the moderation policy come in as objects.
+`serving.serve` builds one `Services` and hands it to `serving.gateway.app.build_app`; tests build one from fakes.
+Nothing here does work: the engine, the tokenizer, the chat format and the moderation policy come in as objects.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from serving.errors import EngineStopped, Unavailable
 
 if TYPE_CHECKING:
     from moderation.policy import Turn, Verdict
+
     from serving.engine.requests import EngineEvent, EngineRequest, EngineStats
     from serving.metrics import Metrics
     from serving.model.chat_format import ChatMessage
