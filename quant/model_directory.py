@@ -162,8 +162,11 @@ def publish_directory(target: Path) -> Generator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # safetensors makes its files readable by their owner only; a model may be served by another user.
+        readable_by = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(readable_by)
                 _flush_to_disk(path)
         _replace_directory(temporary, target)
     finally:

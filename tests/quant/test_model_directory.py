@@ -70,9 +70,9 @@ def test_failed_publication_leaves_the_old_directory_and_nothing_else(tmp_path: 
     target = tmp_path / "model"
     target.mkdir()
     (target / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), publish_directory(target) as directory:
+    with pytest.raises(FileNotFoundError), publish_directory(target) as directory:  # noqa: PT012
         (directory / "config.json").write_text("half")
-        raise RuntimeError
+        (directory / "absent").read_text()
     assert (target / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

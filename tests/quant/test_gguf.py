@@ -1,0 +1,324 @@
+"""The GGUF reader against the `gguf` package's own writer and dequantiser, and the conversion to a model directory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as GgmlType
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from quant.errors import CheckpointError
+from quant.formats.gguf import TENSOR_TYPES, GgufFile
+from quant.formats.gguf_conversion import convert_gguf, unpermute_rows
+
+pytestmark = pytest.mark.unit
+
+HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, HEAD_DIM = 64, 4, 2, 96, 16
+
+
+def write_file(path: Path, fill: Callable[[gguf.GGUFWriter], None]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    fill(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def permute_rows(values: np.ndarray, num_heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k: the inverse of what is tested."""
+    halves = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def random_blocks(kind: GgmlType, rows: int, columns: int) -> np.ndarray:
+    """Random bytes as blocks of `kind`, with every fp16 scale set to an ordinary number."""
+    block, num_bytes = gguf.constants.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(int(kind))
+    raw = rng.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)
+    scales = rng.normal(0, 0.01, (len(raw), 2)).astype(np.float16).view(np.uint8)
+    starts = {GgmlType.Q4_0: (0, 2), GgmlType.Q8_0: (0, 2), GgmlType.Q4_1: (0, 4), GgmlType.Q6_K: (208, 210)}
+    first, last = starts[kind]
+    raw[:, first:last] = scales[:, : last - first]
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.Q6_K])
+def test_every_quantised_type_dequantises_as_the_gguf_package_does(tmp_path: Path, kind: GgmlType) -> None:
+    raw = random_blocks(kind, rows=6, columns=512)
+    path = write_file(tmp_path / "m.gguf", lambda writer: writer.add_tensor("t", raw, raw_dtype=kind))
+    with GgufFile(path) as file:
+        values = file.read("t")
+    assert values.shape == (6, 512)
+    np.testing.assert_array_equal(values, gguf.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("kind", [GgmlType.F32, GgmlType.F16, GgmlType.BF16])
+def test_plain_types_are_read_exactly(tmp_path: Path, kind: GgmlType) -> None:
+    exact = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    stored = gguf.quantize(exact, kind)
+    path = write_file(tmp_path / "m.gguf", lambda writer: writer.add_tensor("t", stored, raw_dtype=kind))
+    with GgufFile(path) as file:
+        np.testing.assert_array_equal(file.read("t"), gguf.dequantize(stored, kind))
+
+
+def test_supported_types_have_the_sizes_that_the_format_gives_them() -> None:
+    for type_id, kind in TENSOR_TYPES.items():
+        assert gguf.constants.GGML_QUANT_SIZES[GgmlType(type_id)] == (kind.block_elements, kind.block_bytes)
+        assert GgmlType(type_id).name == kind.name
+
+
+def test_metadata_of_every_kind_is_read_back(tmp_path: Path) -> None:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint8("a", 200)
+        writer.add_int64("b", -5)
+        writer.add_float64("c", 0.1)
+        writer.add_bool("d", True)
+        writer.add_string("e", "naïve 你好")
+        writer.add_array("f", ["x", "", "y"])
+        writer.add_array("g", [1, -2, 3])
+        writer.add_array("h", [True, False])
+
+    with GgufFile(write_file(tmp_path / "m.gguf", fill)) as file:
+        assert [file.metadata[key] for key in "abcdefgh"] == [
+            200, -5, 0.1, True, "naïve 你好", ["x", "", "y"], [1, -2, 3], [True, False],
+        ]  # fmt: skip
+
+
+def small_file(tmp_path: Path) -> bytearray:
+    values = np.ones((2, 32), np.float32)
+    path = write_file(tmp_path / "small.gguf", lambda writer: writer.add_tensor("tensor", values))
+    return bytearray(path.read_bytes())
+
+
+def replaced(data: bytearray, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return bytes(data.replace(old, new))
+
+
+def as_is(data: bytearray) -> bytes:
+    return bytes(data)
+
+
+TENSOR_RECORD = b"tensor" + struct.pack("<IQQ", 2, 32, 2) + struct.pack("<IQ", 0, 0)
+
+
+DAMAGES: list[tuple[Callable[[bytearray], bytes], str]] = [
+    (lambda data: b"", "is empty"),
+    (lambda data: b"GGML" + as_is(data)[4:], "starts with b'GGML'"),
+    (lambda data: as_is(data)[:4] + struct.pack(">I", 3) + as_is(data)[8:], "little-endian"),
+    (lambda data: as_is(data)[:30], "ends at byte 30"),
+    (lambda data: as_is(data)[:-1], "'tensor' ends at byte"),
+    (lambda data: as_is(data)[:8] + struct.pack("<Q", 2**60) + as_is(data)[16:], "has 0 dimensions"),
+    (lambda data: as_is(data)[:16] + struct.pack("<Q", 2**60) + as_is(data)[24:], "ends at byte"),
+    (
+        lambda data: replaced(data, TENSOR_RECORD, b"tensor" + struct.pack("<IQQIQ", 2, 32, 2, 99, 0)),
+        "type number 99, which is not supported; supported are F32",
+    ),
+    (
+        lambda data: replaced(data, TENSOR_RECORD, b"tensor" + struct.pack("<IQQIQ", 9, 32, 2, 0, 0)),
+        "9 dimensions",
+    ),
+    (
+        lambda data: replaced(data, TENSOR_RECORD, b"tensor" + struct.pack("<IQQIQ", 2, 8, 8, 3, 0)),
+        "Q4_1 rows hold 32",
+    ),
+    (
+        lambda data: replaced(data, TENSOR_RECORD, b"tensor" + struct.pack("<IQQIQ", 2, 32, 2, 0, 7)),
+        "not a multiple of 32",
+    ),
+    (
+        lambda data: replaced(data, TENSOR_RECORD, b"tensor" + struct.pack("<IQQIQ", 2, 32, 2**58, 0, 0)),
+        "the file at byte",
+    ),
+    (lambda data: replaced(data, b"tensor", b"ten\xff\xffr"), "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_malformed_file_is_refused_with_what_was_wrong(
+    tmp_path: Path, damage: Callable[[bytearray], bytes], reason: str
+) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(damage(small_file(tmp_path)))
+    with pytest.raises(CheckpointError, match=reason):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize("cut", range(0, 150, 7))
+def test_truncated_header_never_raises_anything_but_a_checkpoint_error(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(bytes(small_file(tmp_path))[:cut])
+    with pytest.raises(CheckpointError):
+        GgufFile(path)
+
+
+def byte_level_tokens() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "he", "ll", "hell", "12"]
+
+
+def llama_weights() -> dict[str, np.ndarray]:
+    """A one-layer model under Hugging Face's names."""
+    rng = np.random.default_rng(7)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return rng.normal(0, 0.05, (rows, columns)).astype(np.float32)
+
+    layer = "model.layers.0."
+    return {
+        "model.embed_tokens.weight": matrix(len(byte_level_tokens()), HIDDEN),
+        layer + "input_layernorm.weight": rng.normal(1, 0.1, HIDDEN).astype(np.float32),
+        layer + "self_attn.q_proj.weight": matrix(HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.k_proj.weight": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.v_proj.weight": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.o_proj.weight": matrix(HIDDEN, HEADS * HEAD_DIM),
+        layer + "post_attention_layernorm.weight": rng.normal(1, 0.1, HIDDEN).astype(np.float32),
+        layer + "mlp.gate_proj.weight": matrix(FEED_FORWARD, HIDDEN),
+        layer + "mlp.up_proj.weight": matrix(FEED_FORWARD, HIDDEN),
+        layer + "mlp.down_proj.weight": matrix(HIDDEN, FEED_FORWARD),
+        "model.norm.weight": rng.normal(1, 0.1, HIDDEN).astype(np.float32),
+    }
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+def write_llama(path: Path, kind: GgmlType, change: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_block_count(1)
+        writer.add_context_length(128)
+        writer.add_embedding_length(HIDDEN)
+        writer.add_feed_forward_length(FEED_FORWARD)
+        writer.add_head_count(HEADS)
+        writer.add_head_count_kv(KV_HEADS)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        tokens = byte_level_tokens()
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+        writer.add_token_merges(["h e", "l l", "he ll", "1 2"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{{ messages[0]['content'] }}")
+        for name, values in llama_weights().items():
+            part = name.removesuffix(".weight").removeprefix("model.layers.0.").split(".", maxsplit=1)[-1]
+            part = name.removesuffix(".weight") if not name.startswith("model.layers") else part
+            prefix = "blk.0." if name.startswith("model.layers") else ""
+            if part in ("q_proj", "k_proj"):
+                values = permute_rows(values, HEADS if part == "q_proj" else KV_HEADS)
+            stored = values if values.ndim == 1 else gguf.quantize(values, kind)
+            raw_dtype = GgmlType.F32 if values.ndim == 1 else kind
+            writer.add_tensor(f"{prefix}{GGUF_NAMES[part]}.weight", stored, raw_dtype=raw_dtype)
+        if change is not None:
+            change(writer)
+
+    return write_file(path, fill)
+
+
+def converted(tmp_path: Path, kind: GgmlType) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    convert_gguf(write_llama(tmp_path / "model.gguf", kind), directory)
+    return directory
+
+
+def test_unpermuting_undoes_the_converters_permutation() -> None:
+    values = np.arange(HEADS * HEAD_DIM * 3, dtype=np.float32).reshape(-1, 3)
+    restored = unpermute_rows(torch.from_numpy(permute_rows(values, HEADS).copy()), HEADS)
+    np.testing.assert_array_equal(restored.numpy(), values)
+
+
+def test_conversion_restores_names_rows_and_values_exactly(tmp_path: Path) -> None:
+    weights = load_file(converted(tmp_path, GgmlType.F32) / "model.safetensors")
+    expected = llama_weights()
+    assert weights.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(weights[name].numpy(), values, err_msg=name)
+
+
+def test_quantised_matrices_become_float16_and_norms_stay_exact(tmp_path: Path) -> None:
+    directory = converted(tmp_path, GgmlType.Q4_1)
+    weights = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    reference = gguf.dequantize(gguf.quantize(llama_weights()[name], GgmlType.Q4_1), GgmlType.Q4_1)
+    assert weights[name].dtype == torch.float16
+    np.testing.assert_allclose(weights[name].float().numpy(), reference, rtol=2**-11, atol=2**-24)
+    assert weights["model.norm.weight"].dtype == torch.float32
+    assert json.loads((directory / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_config_describes_the_model_in_hugging_faces_words(tmp_path: Path) -> None:
+    config = json.loads((converted(tmp_path, GgmlType.F32) / "config.json").read_text())
+    wanted = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+    }
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_rebuilt_tokenizer_splits_digits_and_keeps_special_tokens(tmp_path: Path) -> None:
+    directory = converted(tmp_path, GgmlType.F32)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    encoding = tokenizer.encode("<|im_start|>hello 12<|im_end|>")
+    # "1 2" is a merge, but the smollm pre-tokenizer has already put digits apart.
+    assert encoding.tokens == ["<|im_start|>", "hell", "o", "Ġ", "1", "2", "<|im_end|>"]
+    assert tokenizer.decode(encoding.ids) == "hello 12"
+    assert (directory / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert json.loads((directory / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+
+
+def add_stray_tensor(writer: gguf.GGUFWriter) -> None:
+    writer.add_tensor("blk.0.attn_gate.weight", np.ones((2, 32), np.float32))
+
+
+CHANGES: list[tuple[Callable[[gguf.GGUFWriter], None], str]] = [
+    (lambda writer: writer.add_tokenizer_pre("deepseek-llm"), "pre-tokenizer 'deepseek-llm'; known are"),
+    (lambda writer: writer.add_string("general.architecture", "rwkv"), "architecture 'rwkv'"),
+    (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scales its rotary"),
+    (lambda writer: writer.add_rope_dimension_count(8), "rotates 8 of 16"),
+    (lambda writer: writer.add_add_bos_token(True), "BOS"),
+    (lambda writer: writer.add_block_count(2), "lacks 9 tensors"),
+    (lambda writer: writer.add_float32("llama.block_count", 1.0), "llama.block_count' is 1.0, expected int"),
+    (lambda writer: writer.add_token_types([1]), "1 token types"),
+    (add_stray_tensor, "'blk.0.attn_gate.weight' has no place"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_what_the_conversion_does_not_understand_is_refused_by_name(
+    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None], reason: str
+) -> None:
+    path = write_llama(tmp_path / "model.gguf", GgmlType.F32, change)
+    with pytest.raises(CheckpointError, match=reason):
+        convert_gguf(path, tmp_path)
