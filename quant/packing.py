@@ -1,0 +1,55 @@
+"""Packing of small unsigned codes into int32 words, lowest bits first, as GPTQ checkpoints store them.
+
+Pure functions on tensors. Which tensor is packed along which axis is the business of `quant.formats.autogptq`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+PACKABLE_BITS = (4, 8)
+
+
+def codes_per_word(bits: int) -> int:
+    if bits not in PACKABLE_BITS:
+        raise ValueError(f"{bits}-bit codes cannot be packed; 4 and 8 can")
+    return WORD_BITS // bits
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack along the first axis: (n, columns) integers -> (n * bits / 32, columns) int32.
+
+    Code r * per_word + j lies in bits [j * bits, (j + 1) * bits) of word r. Raises ValueError for a code that does not
+    fit (it would spill into its neighbours) and for an n that does not fill whole words.
+    """
+    per_word = codes_per_word(bits)
+    if codes.shape[0] % per_word:
+        raise ValueError(f"{codes.shape[0]} codes do not fill whole words of {per_word}")
+    wide = codes.to(torch.int64)
+    if wide.numel() and (int(wide.min()) < 0 or int(wide.max()) >= 1 << bits):
+        raise ValueError(f"codes must lie in 0..{(1 << bits) - 1}; found {int(wide.min())}..{int(wide.max())}")
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64)
+    words = (wide.view(-1, per_word, codes.shape[1]) << shifts.view(1, -1, 1)).sum(dim=1)
+    # Words with the top bit set are negative as int32; the wrap is made explicit, not left to the cast.
+    words = torch.where(words >= 1 << (WORD_BITS - 1), words - (1 << WORD_BITS), words)
+    return words.to(torch.int32)
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_rows`: (w, columns) int32 -> (w * 32 / bits, columns) uint8."""
+    per_word = codes_per_word(bits)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
+    # The shift of a negative int32 is arithmetic; the mask removes the copies of the sign bit.
+    codes = (words.unsqueeze(1) >> shifts.view(1, -1, 1)) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(words.shape[0] * per_word, words.shape[1])
+
+
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """Pack along the second axis: (rows, n) -> (rows, n * bits / 32) int32."""
+    return pack_rows(codes.t(), bits).t().contiguous()
+
+
+def unpack_columns(words: Tensor, bits: int) -> Tensor:
+    return unpack_rows(words.t(), bits).t().contiguous()
