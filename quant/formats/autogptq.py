@@ -1,0 +1,212 @@
+"""AutoGPTQ's on-disk layout: writes version 1, reads versions 1 ("gptq") and 2 ("gptq_v2").
+
+For a linear `p`: `p.qweight` int32 (in / pack, out), `p.qzeros` int32 (groups, out / pack), `p.scales` fp16
+(groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one. Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quant.errors import CheckpointError
+from quant.matrix import QuantizedMatrix
+from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns, unpack_rows
+
+FORMAT_V1 = "gptq"
+FORMAT_V2 = "gptq_v2"
+KNOWN_FORMATS = (FORMAT_V1, FORMAT_V2)
+PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+QUANTIZE_CONFIG_FILE = "quantize_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class GptqSettings:
+    """What a checkpoint says of its own quantisation."""
+
+    bits: int
+    group_size: int | None
+    checkpoint_format: str
+
+
+def is_packed_tensor(name: str) -> bool:
+    """Whether a tensor of this name belongs to a quantised linear rather than to the plain part of the model."""
+    return name.endswith(PACKED_SUFFIXES)
+
+
+def gptq_settings(directory: Path) -> GptqSettings | None:
+    """The directory's GPTQ settings, or None if it is not quantised. CheckpointError for any format not read here."""
+    section = _read_json(directory / "config.json").get("quantization_config")
+    source = "config.json"
+    if section is None:
+        source = QUANTIZE_CONFIG_FILE
+        section = _read_json(directory / source) or None
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{directory / source}: the quantisation settings must be an object")
+    return parse_settings(cast("dict[str, object]", section), str(directory / source))
+
+
+def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
+    """Check the quantisation settings read from `origin`; CheckpointError names what is not supported."""
+    method = section.get("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(f"{origin}: quant_method {method!r} is not supported; 'gptq' is")
+    checkpoint_format = section.get("checkpoint_format") or FORMAT_V1
+    if section.get("is_marlin_format") is True:
+        checkpoint_format = "marlin"
+    if checkpoint_format not in KNOWN_FORMATS:
+        raise CheckpointError(
+            f"{origin}: checkpoint_format {checkpoint_format!r} is not known; known are {', '.join(KNOWN_FORMATS)}. "
+            "Quantise the source model again with `causerie quantize`"
+        )
+    bits = section.get("bits")
+    if bits not in PACKABLE_BITS:
+        raise CheckpointError(f"{origin}: {bits!r}-bit weights are not supported; 4 and 8 are")
+    group_size = section.get("group_size", -1)
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise CheckpointError(f"{origin}: group_size must be a positive number or -1; found {group_size!r}")
+    return GptqSettings(
+        bits=cast("int", bits),
+        group_size=None if group_size == -1 else group_size,
+        checkpoint_format=str(checkpoint_format),
+    )
+
+
+def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Each quantised linear's name (`model.layers.0.self_attn.q_proj`) and matrix, one in memory at a time."""
+    settings = gptq_settings(directory)
+    if settings is None:
+        raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
+    file_of_tensor = _locate_tensors(directory)
+    for name in sorted(file_of_tensor):
+        if not name.endswith(".qweight"):
+            continue
+        linear = name.removesuffix(".qweight")
+        tensors: dict[str, Tensor] = {}
+        for suffix in PACKED_SUFFIXES:
+            path = file_of_tensor.get(linear + suffix)
+            if path is not None:
+                with safe_open(path, framework="pt") as file:
+                    tensors[suffix.removeprefix(".")] = file.get_tensor(linear + suffix)
+        yield linear, unpack_linear(linear, tensors, settings)
+
+
+def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:
+    return dict(iterate_quantized_linears(directory))
+
+
+def pack_linear(matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """The four tensors of one linear in version 1: qweight, qzeros, scales, g_idx.
+
+    Raises ValueError for a zero point of 0: stored minus one it would borrow from every later code of its word.
+    """
+    per_word = codes_per_word(matrix.bits)
+    if matrix.in_features % per_word or matrix.out_features % per_word:
+        raise ValueError(
+            f"a {matrix.out_features} x {matrix.in_features} matrix does not fill whole words of {per_word} codes"
+        )
+    if int(matrix.zeros.min()) < 1:
+        raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+    return {
+        "qweight": pack_rows(matrix.codes.t(), matrix.bits),
+        "qzeros": pack_columns(matrix.zeros.t().to(torch.int64) - 1, matrix.bits),
+        "scales": matrix.scales.t().to(torch.float16).contiguous(),
+        "g_idx": torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size,
+    }
+
+
+def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettings) -> QuantizedMatrix:
+    """Rebuild linear `name` from its stored tensors. CheckpointError says what is missing, misshapen or unsupported."""
+    for part in ("qweight", "qzeros", "scales"):
+        if part not in tensors:
+            raise CheckpointError(f"{name}: tensor {name}.{part} is missing")
+    qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    g_idx = tensors.get("g_idx")
+    bits = settings.bits if g_idx is None else _bits_from_shape(name, qweight, g_idx)
+    codes = unpack_rows(qweight, bits).t().contiguous()
+    out_features, in_features = codes.shape
+    groups = scales.shape[0]
+    if in_features % groups or scales.shape[1] != out_features:
+        raise CheckpointError(
+            f"{name}: scales {tuple(scales.shape)} do not divide {in_features} inputs of {out_features} outputs evenly"
+        )
+    group_size = in_features // groups
+    _require_trivial_groups(name, g_idx, in_features, group_size)
+    if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
+        raise CheckpointError(f"{name}: qzeros {tuple(qzeros.shape)} do not fit scales {tuple(scales.shape)}")
+    zeros = unpack_columns(qzeros, bits)
+    if settings.checkpoint_format == FORMAT_V1:
+        zeros = _restore_v1_zeros(name, zeros, bits)
+    return QuantizedMatrix(
+        codes=codes,
+        scales=scales.t().to(torch.float32).contiguous(),
+        zeros=zeros.t().contiguous(),
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def _restore_v1_zeros(name: str, stored: Tensor, bits: int) -> Tensor:
+    largest = (1 << bits) - 1
+    if stored.numel() and int(stored.max()) == largest:
+        raise CheckpointError(
+            f"{name}: qzeros hold {largest}, which readers of GPTQ version 1 take for zero point 0 or {largest + 1}; "
+            "quantise the source model again, or convert the file to gptq_v2"
+        )
+    return stored + 1
+
+
+def _bits_from_shape(name: str, qweight: Tensor, g_idx: Tensor) -> int:
+    """The bits of this very linear, which may differ from the model's default (mixed 4- and 8-bit checkpoints)."""
+    in_features = g_idx.shape[0]
+    bits = qweight.shape[0] * WORD_BITS // in_features if in_features else 0
+    if bits not in PACKABLE_BITS or qweight.shape[0] * WORD_BITS != bits * in_features:
+        raise CheckpointError(
+            f"{name}: qweight {tuple(qweight.shape)} holds neither 4- nor 8-bit codes of {in_features} inputs"
+        )
+    return bits
+
+
+def _require_trivial_groups(name: str, g_idx: Tensor | None, in_features: int, group_size: int) -> None:
+    if g_idx is None:
+        return
+    trivial = torch.arange(in_features, dtype=torch.int64) // group_size
+    if not torch.equal(g_idx.to(torch.int64), trivial):
+        raise CheckpointError(
+            f"{name}: g_idx reorders the inputs (desc_act=true with groups), which is not supported; "
+            "quantise with desc_act=false, or with static groups"
+        )
+
+
+def _locate_tensors(directory: Path) -> dict[str, Path]:
+    """Which safetensors file of the directory holds each tensor."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory}: no .safetensors file; weights in other formats are never read")
+    file_of_tensor: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is not iterable
+                file_of_tensor[name] = path
+    return file_of_tensor
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected")
+    return cast("dict[str, object]", content)
