@@ -1,0 +1,269 @@
+"""What a decoder is made of, as one record, and how that record is read from a checkpoint's config.json.
+
+A family is one function in `_FAMILIES`; nothing else in the product asks which family a model belongs to. Options that
+would change the logits and are not implemented are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import cast
+
+from quant.errors import CheckpointError
+
+
+class Norm(StrEnum):
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class BlockForm(StrEnum):
+    SEQUENTIAL = "sequential"  # attention, then feed-forward on its result
+    PARALLEL = "parallel"  # both read the same normed input: PaLM, GPT-NeoX
+
+
+class Positions(StrEnum):
+    ROTARY_HALVES = "rotary_halves"  # dimension i turns with i + head_dim / 2
+    ROTARY_INTERLEAVED = "rotary_interleaved"  # dimension 2i turns with 2i + 1: PaLM
+    ALIBI = "alibi"  # BLOOM
+
+
+class Activation(StrEnum):
+    """Of the feed-forward part; the gated ones multiply by a second projection."""
+
+    SWIGLU = "swiglu"
+    GELU = "gelu"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3's stretch of the slow rotary frequencies. Lengths in tokens."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm: Norm
+    norm_eps: float
+    block: BlockForm
+    positions: Positions
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    activation: Activation
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    max_positions: int  # already cut to the attention window where layers slide: up to it a window changes nothing
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} must be positive; found {getattr(self, name)}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(f"head_dim must be even for rotary positions; found {self.head_dim}")
+
+
+def supported_architectures() -> tuple[str, ...]:
+    return tuple(_FAMILIES)
+
+
+def spec_from_config(config: Mapping[str, object]) -> DecoderSpec:
+    """Read config.json's content. CheckpointError names the architecture, key or option that is not supported."""
+    names = config.get("architectures")
+    found = [str(name) for name in cast("list[object]", names)] if isinstance(names, list) else []
+    for name in found:
+        if name in _FAMILIES:
+            return _FAMILIES[name](_ConfigReader(config))
+    raise CheckpointError(
+        f"architecture {', '.join(found) or 'none named'} is not supported; supported are {', '.join(_FAMILIES)}"
+    )
+
+
+class _ConfigReader:
+    """Typed look-ups in config.json; null counts as absent, as transformers writes both."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self._values = values
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str) -> object:
+        return self._values.get(key)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"config.json: {key} must be a whole number; found {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"config.json: {key} must be a number; found {value!r}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self._values.get(key)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key} must be true or false; found {value!r}")
+        return value
+
+    def section(self, key: str) -> _ConfigReader | None:
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {key} must be an object; found {value!r}")
+        return _ConfigReader(cast("Mapping[str, object]", value))
+
+    def has_sections(self) -> bool:
+        return any(isinstance(value, Mapping) for value in self._values.values())
+
+    def refuse_unless(self, key: str, *accepted: object) -> None:
+        """For an option that would change the logits: absent, null or one of `accepted`."""
+        value = self._values.get(key)
+        if value is not None and value not in accepted:
+            expected = " or ".join(repr(choice) for choice in accepted)
+            raise CheckpointError(f"config.json: {key} = {value!r} is not supported; {expected} is")
+
+
+def _llama(config: _ConfigReader) -> DecoderSpec:
+    config.refuse_unless("mlp_bias", False)
+    bias = config.flag("attention_bias")
+    kv_heads = config.integer("num_key_value_heads", config.integer("num_attention_heads"))
+    return _spec("llama", config, kv_heads=kv_heads, qkv_bias=bias, out_bias=bias)
+
+
+def _mistral(config: _ConfigReader) -> DecoderSpec:
+    return _spec("mistral", config, window=_mistral_window(config))
+
+
+def _qwen2(config: _ConfigReader) -> DecoderSpec:
+    return _spec("qwen2", config, qkv_bias=True, window=_qwen_window(config))
+
+
+def _qwen3(config: _ConfigReader) -> DecoderSpec:
+    bias = config.flag("attention_bias")
+    head_dim = config.integer("head_dim", 128)
+    return _spec(
+        "qwen3", config, head_dim=head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True, window=_qwen_window(config)
+    )
+
+
+_FAMILIES: Mapping[str, Callable[[_ConfigReader], DecoderSpec]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+}
+
+
+def _spec(
+    family: str,
+    config: _ConfigReader,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: bool = False,
+    window: int | None = None,
+) -> DecoderSpec:
+    """What the Llama-like families have in common, and a family's own choices."""
+    config.refuse_unless("hidden_act", "silu")
+    config.refuse_unless("rope_interleaved", False)
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if head_dim is None:
+        head_dim = config.integer("head_dim", hidden_size // max(num_heads, 1))
+    max_positions = config.integer("max_position_embeddings")
+    rope_theta, rope_scaling = _rope(config)
+    return DecoderSpec(
+        family=family,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads") if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        norm=Norm.RMS,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        block=BlockForm.SEQUENTIAL,
+        positions=Positions.ROTARY_HALVES,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        activation=Activation.SWIGLU,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        max_positions=max_positions if window is None else min(max_positions, window),
+    )
+
+
+def _rope(config: _ConfigReader) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    section = config.section("rope_parameters") or config.section("rope_scaling") or _ConfigReader({})
+    for part in (config, section):
+        part.refuse_unless("partial_rotary_factor", 1)
+    if section.has_sections():
+        raise CheckpointError("config.json: rotary parameters that differ between layers are not supported")
+    theta = section.number("rope_theta", config.number("rope_theta", 10_000.0))
+    kind = section.get("rope_type") or section.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(f"config.json: rope type {kind!r} is not supported; 'default' and 'llama3' are")
+    return theta, RopeScaling(
+        factor=section.number("factor"),
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_max_positions=section.integer(
+            "original_max_position_embeddings", config.integer("max_position_embeddings")
+        ),
+    )
+
+
+def _mistral_window(config: _ConfigReader) -> int | None:
+    # transformers reads null as "no window" and an absent key as the first Mistral's 4096.
+    if config.has("sliding_window") and config.get("sliding_window") is None:
+        return None
+    return config.integer("sliding_window", 4096)
+
+
+def _qwen_window(config: _ConfigReader) -> int | None:
+    """The window if any layer slides; transformers derives those from `max_window_layers` unless `layer_types` says."""
+    if not config.flag("use_sliding_window") or (config.has("sliding_window") and config.get("sliding_window") is None):
+        return None
+    layer_types = config.get("layer_types")
+    if isinstance(layer_types, list):
+        slides = "sliding_attention" in layer_types
+    else:
+        slides = config.integer("max_window_layers", 28) < config.integer("num_hidden_layers")
+    return config.integer("sliding_window", 4096) if slides else None

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from quant.errors import CheckpointError
+from quant.formats.autogptq import pack_linear
+from quant.int4_linear import QuantizedLinear
+from quant.matrix import QuantizedMatrix
+from serving.model.transformer import Decoder
+from serving.model.weights import load_decoder, locate_tensors, read_config, save_decoder
+from tests.serving.model.checkpoints import build_model, edit_config, random_ids, save_model
+
+pytestmark = pytest.mark.unit
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    save_model(build_model("llama"), tmp_path)
+    return tmp_path
+
+
+def edit_weights(directory: Path, add: dict[str, torch.Tensor] | None = None, remove: tuple[str, ...] = ()) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in remove}
+    save_file({**kept, **(add or {})}, directory / WEIGHTS)
+
+
+def test_shards_load_to_the_same_weights_as_one_file(tmp_path: Path) -> None:
+    model = build_model("qwen2")
+    save_model(model, tmp_path / "one")
+    save_model(model, tmp_path / "many", max_shard_size="40KB")
+    assert len(set(locate_tensors(tmp_path / "many").values())) > 2
+
+    one, many = load_decoder(tmp_path / "one"), load_decoder(tmp_path / "many")
+
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, many.get_parameter(name)), name
+
+
+def test_stored_type_is_converted_to_the_one_asked_for(llama: Path) -> None:
+    half = load_decoder(llama, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert not any(parameter.is_meta for parameter in half.parameters())
+
+
+def test_loaded_parameters_can_be_trained_without_touching_the_file(llama: Path) -> None:
+    before = (llama / WEIGHTS).read_bytes()
+    decoder = load_decoder(llama)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            assert parameter.requires_grad
+            parameter.add_(1.0)
+    assert (llama / WEIGHTS).read_bytes() == before
+
+
+def test_missing_and_unexpected_tensors_are_named(llama: Path) -> None:
+    gone = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(llama, remove=(gone,))
+    with pytest.raises(CheckpointError, match=f"lacks tensors: {gone}"):
+        load_decoder(llama)
+
+    edit_weights(llama, add={gone: torch.zeros(80, 48), "model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})
+    with pytest.raises(CheckpointError, match=r"that the model lacks: model\.layers\.0\.self_attn\.q_norm\.weight"):
+        load_decoder(llama)
+
+
+def test_wrong_shape_and_type_are_named(llama: Path) -> None:
+    name = "model.norm.weight"
+    edit_weights(llama, add={name: torch.zeros(47)}, remove=(name,))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is \(47,\); config\.json makes it \(48,\)"):
+        load_decoder(llama)
+    edit_weights(llama, add={name: torch.zeros(48, dtype=torch.int8)}, remove=(name,))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8"):
+        load_decoder(llama)
+
+
+def test_derived_and_duplicate_tensors_are_ignored(tmp_path: Path) -> None:
+    save_model(build_model("qwen2"), tmp_path)
+    head = load_file(tmp_path / WEIGHTS)["model.embed_tokens.weight"].clone()
+    edit_weights(tmp_path, add={"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "lm_head.weight": head})
+    assert load_decoder(tmp_path).lm_head is None
+
+
+def test_directories_that_cannot_be_read_say_why(llama: Path) -> None:
+    (llama / WEIGHTS).write_bytes(b"\xff" * 20)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_decoder(llama)
+    (llama / WEIGHTS).unlink()
+    (llama / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is pickled, which is never read"):
+        load_decoder(llama)
+    (llama / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        load_decoder(llama)
+    (llama / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        load_decoder(llama)
+
+
+@pytest.mark.parametrize("shard", ["../other/model.safetensors", "absent.safetensors"])
+def test_an_index_may_name_only_files_of_its_directory(llama: Path, shard: str) -> None:
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"not the name of a file|does not exist"):
+        load_decoder(llama)
+
+
+def test_saved_decoder_reads_back_equal_also_over_its_own_source(llama: Path) -> None:
+    decoder = load_decoder(llama)
+    with torch.no_grad():
+        decoder.get_parameter("model.norm.weight").mul_(1.5)
+        expected = decoder(random_ids())
+
+    save_decoder(decoder, llama, read_config(llama))
+
+    with torch.no_grad():
+        assert torch.equal(load_decoder(llama)(random_ids()), expected)
+        assert torch.equal(decoder(random_ids()), expected)
+
+
+def random_matrix(linear: nn.Linear, seed: int) -> QuantizedMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    groups = (linear.out_features, linear.in_features // 16)
+    return QuantizedMatrix(
+        codes=torch.randint(0, 16, (linear.out_features, linear.in_features), dtype=torch.uint8, generator=generator),
+        scales=(torch.rand(groups, generator=generator) * 0.05 + 0.01).to(torch.float16).to(torch.float32),
+        zeros=torch.full(groups, 8, dtype=torch.uint8),
+        bits=4,
+        group_size=16,
+    )
+
+
+def quantize_on_disk(directory: Path) -> Decoder:
+    """Replace every projection of the layers in the file by a random packed one; return the dequantised twin."""
+    twin = load_decoder(directory)
+    added: dict[str, torch.Tensor] = {}
+    removed: list[str] = []
+    for seed, (name, module) in enumerate(twin.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
+            matrix = random_matrix(module, seed)
+            added.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
+            removed.append(f"{name}.weight")
+            module.weight = nn.Parameter(matrix.dequantize())
+    edit_weights(directory, add=added, remove=tuple(removed))
+    edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True})
+    return twin
+
+
+def test_gptq_checkpoint_loads_as_quantised_linears_with_biases(tmp_path: Path) -> None:
+    save_model(build_model("qwen2"), tmp_path)
+    twin = quantize_on_disk(tmp_path)
+
+    decoder = load_decoder(tmp_path)
+
+    quantized = [name for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)]
+    assert len(quantized) == 3 * 7
+    with torch.no_grad():
+        assert torch.equal(decoder(random_ids()), twin(random_ids()))
+
+
+def test_zero_biases_of_gptq_writers_are_ignored_and_others_refused(llama: Path) -> None:
+    quantize_on_disk(llama)
+    name = "model.layers.0.mlp.down_proj.bias"
+    edit_weights(llama, add={name: torch.zeros(48)})
+    load_decoder(llama)
+    edit_weights(llama, add={name: torch.ones(48)}, remove=(name,))
+    with pytest.raises(CheckpointError, match=name):
+        load_decoder(llama)
+
+
+def test_packed_tensors_without_settings_are_unexpected(llama: Path) -> None:
+    quantize_on_disk(llama)
+    edit_config(llama, quantization_config=...)
+    with pytest.raises(CheckpointError, match=r"that the model lacks: model\.layers\.0\.mlp\.down_proj\.g_idx"):
+        load_decoder(llama)
+
+
+def test_packed_linear_of_another_shape_is_refused(llama: Path) -> None:
+    quantize_on_disk(llama)
+    edit_config(llama, intermediate_size=96)
+    with pytest.raises(CheckpointError, match=r"down_proj is \(48, 80\); config\.json makes it \(48, 96\)"):
+        load_decoder(llama)
+
+
+def test_quantised_decoder_is_not_written_as_plain_weights(llama: Path) -> None:
+    quantize_on_disk(llama)
+    with pytest.raises(CheckpointError, match="cannot be written as plain weights"):
+        save_decoder(load_decoder(llama), llama / "out", read_config(llama))
