@@ -78,7 +78,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
-    """New tokens of one choice. `text` may be empty (half a character, a held-back stop string) and is never taken back.
+    """New tokens of one choice. `text` may be empty (half a character, a held-back stop string), never taken back.
 
     `token_ids` are the ids sampled since the last event, end-of-turn included. The terminal one has a `finish_reason`.
     """

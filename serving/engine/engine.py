@@ -1,0 +1,336 @@
+"""The engine: a synchronous library that runs generate, score and pool requests in one batch.
+
+`submit`, `cancel`, and `step() -> StepReport` until `has_work` is false. It takes its model by reference and knows no
+sockets, clocks or threads: `process.py` serves it, training calls it in-process on live weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.errors import CheckpointError
+from serving.engine.adapters import Adapter
+from serving.engine.batch import build_batch
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
+from serving.engine.prepare import PreparedModel, prepare
+from serving.engine.requests import (
+    CancelRequest,
+    EngineEvent,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    PoolEvent,
+    PoolRequest,
+    ScoreEvent,
+    ScoreRequest,
+    StepReport,
+    TokenEvent,
+    TokenLogprob,
+)
+from serving.engine.runner import run_step
+from serving.engine.sampler import SamplingRow, sample, token_logprobs
+from serving.engine.scheduler import Chunk, EngineLimits, Scheduler
+from serving.engine.sequence import Sequence as EngineSequence
+from serving.errors import InvalidRequest, PromptTooLong, QueueFull
+from serving.model.tokenizer import ModelTokenizer
+from serving.model.weights import load_decoder
+
+__all__ = ["Engine", "EngineLimits", "load_engine"]
+
+# Rows of logits held at once while scoring: 64 rows of a 150k vocabulary are 38 MB.
+_SCORE_ROWS = 64
+
+
+class Engine:
+    """Continuous batching over a paged KV cache.
+
+    kv_bytes:  budget of the cache; what is left of it after whole blocks is not used.
+    tokenizer: needed for text and stop strings; without one, events carry ids only and end-of-turn is `eos_ids`.
+    """
+
+    def __init__(
+        self,
+        model: PreparedModel,
+        *,
+        kv_bytes: int,
+        tokenizer: ModelTokenizer | None,
+        limits: EngineLimits | None = None,
+        eos_ids: frozenset[int] | None = None,
+    ) -> None:
+        layout = KVLayout.of(model.spec, model.dtype)
+        num_blocks = kv_bytes // layout.block_bytes
+        if num_blocks < 2:
+            raise CheckpointError(
+                f"a KV cache of {kv_bytes:,} bytes holds {num_blocks} blocks of {BLOCK_SIZE} tokens; "
+                f"give it at least {2 * layout.block_bytes:,} bytes"
+            )
+        self.model = model
+        self.limits = limits or EngineLimits()
+        self.max_context = min(model.spec.max_positions, num_blocks * BLOCK_SIZE)
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids if eos_ids is not None else (tokenizer.eos_ids if tokenizer else frozenset[int]())
+        self._cache = KVCache(layout, num_blocks)
+        self._scheduler = Scheduler(BlockAllocator(num_blocks), self.limits)
+        self._sequences: dict[str, list[EngineSequence]] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._heads: dict[str, Tensor] = {}
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def set_adapter(self, name: str, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Add or replace a low-rank adapter; requests that name it use the new one from the next step on."""
+        self._adapters[name] = Adapter.from_tensors(name, tensors, version, self.model.dtype)
+
+    def set_head(self, name: str, weight: Tensor) -> None:
+        """Add or replace a head of `pool` requests. weight: (outputs, hidden)."""
+        if weight.dim() != 2 or weight.shape[1] != self.model.spec.hidden_size:
+            raise ValueError(
+                f"head {name!r} must be (outputs, {self.model.spec.hidden_size}), got {tuple(weight.shape)}"
+            )
+        self._heads[name] = weight.detach().to(torch.float32)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InvalidRequest, PromptTooLong or QueueFull; once accepted it will end in an event."""
+        self._check(request)
+        is_generate = isinstance(request, GenerateRequest)
+        sequences = [self._new_sequence(request, i) for i in range(request.num_choices if is_generate else 1)]
+        self._sequences[request.request_id] = sequences
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def cancel(self, request: CancelRequest) -> None:
+        """Mark for the next step, also in the middle of prefill. Unknown or finished requests are ignored."""
+        for sequence in self._sequences.get(request.request_id, []):
+            if request.choice_index is None or request.choice_index == sequence.choice_index:
+                sequence.is_cancelled = True
+
+    @torch.inference_mode()
+    def step(self) -> StepReport:
+        """Run one step: drop what was cancelled, schedule, forward, sample, commit."""
+        events, freed = self._drop_cancelled()
+        chunks = self._scheduler.plan()
+        if chunks:
+            hidden = self._forward(chunks)
+            self._scheduler.commit(chunks)
+            events += self._finish_scores(chunks, hidden)
+            events += self._finish_pools(chunks, hidden)
+            events += self._sample(chunks, hidden)
+        self._num_steps += 1
+        return StepReport(events=events, stats=self.stats(freed))
+
+    def stats(self, freed_request_ids: Sequence[str] = ()) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_free_blocks=scheduler.allocator.num_free,
+            num_total_blocks=scheduler.allocator.num_blocks,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            freed_request_ids=list(freed_request_ids),
+        )
+
+    def _check(self, request: EngineRequest) -> None:
+        ids = request.prompt_ids if isinstance(request, GenerateRequest) else request.ids
+        if not ids:
+            raise InvalidRequest("the prompt has no tokens; at least 1 is needed")
+        vocabulary = self.model.spec.vocab_size
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise InvalidRequest(f"token ids must be in 0..{vocabulary - 1}, found {min(ids)}..{max(ids)}")
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id!r} is already running")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise InvalidRequest(f"adapter {request.adapter!r} is not loaded; loaded: {sorted(self._adapters)}")
+        if isinstance(request, PoolRequest) and request.head is not None and request.head not in self._heads:
+            raise InvalidRequest(f"head {request.head!r} is not loaded; loaded: {sorted(self._heads)}")
+        num_new = 1 if isinstance(request, GenerateRequest) else 0
+        if len(ids) + num_new > self.max_context:
+            raise PromptTooLong(len(ids), self.max_context - num_new)
+        num_sequences = request.num_choices if isinstance(request, GenerateRequest) else 1
+        if len(self._scheduler.waiting) + num_sequences > self.limits.max_waiting:
+            raise QueueFull(f"{len(self._scheduler.waiting)} sequences wait; the limit is {self.limits.max_waiting}")
+
+    def _new_sequence(self, request: EngineRequest, choice_index: int) -> EngineSequence:
+        self._num_arrived += 1
+        ids = list(request.prompt_ids if isinstance(request, GenerateRequest) else request.ids)
+        detokenizer = None
+        if isinstance(request, GenerateRequest) and self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer.token_bytes, request.sampling.stop)
+        return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer)
+
+    def _drop_cancelled(self) -> tuple[list[EngineEvent], list[str]]:
+        cancelled = [s for group in self._sequences.values() for s in group if s.is_cancelled]
+        events: list[EngineEvent] = []
+        for sequence in cancelled:
+            events.append(self._finish(sequence, "cancelled", [], "", None))
+        return events, sorted({sequence.request_id for sequence in cancelled})
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        """Hidden states of all rows. The plain path computes each sequence by itself, so batch = alone exactly."""
+        groups = [[chunk] for chunk in chunks] if self.model.is_exact else [chunks]
+        parts = [run_step(self.model, self._cache, build_batch(group, self._adapters)) for group in groups]
+        for chunk in chunks:
+            self._num_prompt_tokens += max(0, min(chunk.end, chunk.sequence.num_prompt) - chunk.start)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _sample(self, chunks: list[Chunk], hidden: Tensor) -> list[EngineEvent]:
+        ready: list[EngineSequence] = []
+        rows: list[int] = []
+        for chunk, last_row in zip(chunks, _last_rows(chunks), strict=True):
+            if isinstance(chunk.sequence.request, GenerateRequest) and chunk.is_last:
+                ready.append(chunk.sequence)
+                rows.append(last_row)
+        if not ready:
+            return []
+        logits = self._logits(hidden.index_select(0, torch.tensor(rows)))
+        ids = sample(logits, [_sampling_row(sequence) for sequence in ready])
+        logprobs = self._generated_logprobs(logits, ready, ids)
+        return [
+            self._append(sequence, token, logprobs.get(i))
+            for i, (sequence, token) in enumerate(zip(ready, ids, strict=True))
+        ]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if not self.model.is_exact:
+            return self.model.head(hidden)
+        return torch.cat([self.model.head(hidden[i : i + 1]) for i in range(hidden.shape[0])])
+
+    def _generated_logprobs(
+        self, logits: Tensor, ready: list[EngineSequence], ids: list[int]
+    ) -> dict[int, TokenLogprob]:
+        by_count: dict[int, list[int]] = {}
+        for index, sequence in enumerate(ready):
+            assert isinstance(sequence.request, GenerateRequest)
+            num_top = sequence.request.sampling.num_top_logprobs
+            if num_top is not None:
+                by_count.setdefault(num_top, []).append(index)
+        found: dict[int, TokenLogprob] = {}
+        for num_top, indices in by_count.items():
+            values = token_logprobs(logits[indices], [ids[i] for i in indices], num_top)
+            found.update(zip(indices, values, strict=True))
+        return found
+
+    def _append(self, sequence: EngineSequence, token_id: int, logprob: TokenLogprob | None) -> EngineEvent:
+        """Commit one sampled token: text, stop conditions, and the terminal event if this was the last."""
+        assert isinstance(sequence.request, GenerateRequest)
+        sampling = sequence.request.sampling
+        sequence.ids.append(token_id)
+        self._num_generated_tokens += 1
+        text = sequence.detokenizer.feed(token_id) if sequence.detokenizer else ""
+        is_stopped = sequence.detokenizer is not None and sequence.detokenizer.is_stopped
+        reason: FinishReason | None = None
+        if is_stopped or (token_id in self._eos_ids and not sampling.ignore_eos):
+            reason = "stop"
+        elif sequence.num_generated >= sampling.max_tokens or len(sequence.ids) >= self.max_context:
+            reason = "length"
+        logprobs = None if logprob is None else [logprob]
+        if reason is not None:
+            return self._finish(sequence, reason, [token_id], text, logprobs)
+        return TokenEvent(
+            request_id=sequence.request_id,
+            choice_index=sequence.choice_index,
+            token_ids=[token_id],
+            text=text,
+            logprobs=logprobs,
+        )
+
+    def _finish(
+        self,
+        sequence: EngineSequence,
+        reason: FinishReason,
+        token_ids: list[int],
+        text: str,
+        logprobs: list[TokenLogprob] | None,
+    ) -> TokenEvent:
+        self._forget(sequence)
+        if sequence.detokenizer is not None:
+            text += sequence.detokenizer.finish()
+        return TokenEvent(
+            request_id=sequence.request_id,
+            choice_index=sequence.choice_index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+        )
+
+    def _forget(self, sequence: EngineSequence) -> None:
+        self._scheduler.remove(sequence)
+        siblings = self._sequences[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request_id]
+
+    def _finish_scores(self, chunks: list[Chunk], hidden: Tensor) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        first_row = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if isinstance(sequence.request, ScoreRequest):
+                self._score(sequence, chunk.start, hidden[first_row : first_row + chunk.num_tokens])
+                if chunk.is_last:
+                    self._forget(sequence)
+                    events.append(ScoreEvent(request_id=sequence.request_id, logprobs=sequence.scored))
+            first_row += chunk.num_tokens
+        return events
+
+    def _score(self, sequence: EngineSequence, start: int, hidden: Tensor) -> None:
+        """Row i of `hidden` stands at position start + i and predicts the id after it."""
+        assert isinstance(sequence.request, ScoreRequest)
+        if len(sequence.scored) > start:  # preempted and computed again: those positions are known
+            hidden = hidden[len(sequence.scored) - start :]
+            start = len(sequence.scored)
+        targets = sequence.ids[start + 1 : start + 1 + hidden.shape[0]]
+        for offset in range(0, len(targets), _SCORE_ROWS):
+            part = targets[offset : offset + _SCORE_ROWS]
+            logits = self._logits(hidden[offset : offset + len(part)])
+            sequence.scored += token_logprobs(logits, part, sequence.request.num_top_logprobs)
+
+    def _finish_pools(self, chunks: list[Chunk], hidden: Tensor) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        for chunk, last_row in zip(chunks, _last_rows(chunks), strict=True):
+            request = chunk.sequence.request
+            if isinstance(request, PoolRequest) and chunk.is_last:
+                values = hidden[last_row].to(torch.float32)
+                if request.head is not None:
+                    values = self._heads[request.head] @ values
+                self._forget(chunk.sequence)
+                events.append(PoolEvent(request_id=request.request_id, values=values.tolist()))
+        return events
+
+
+def _last_rows(chunks: Iterable[Chunk]) -> list[int]:
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.num_tokens
+        rows.append(end - 1)
+    return rows
+
+
+def _sampling_row(sequence: EngineSequence) -> SamplingRow:
+    assert isinstance(sequence.request, GenerateRequest)
+    prompt_ids = sequence.ids[: sequence.num_prompt]
+    return SamplingRow(sequence.request.sampling, sequence.choice_index, prompt_ids, sequence.generated_ids)
+
+
+def load_engine(directory: Path, *, kv_bytes: int, exact: bool, limits: EngineLimits | None = None) -> Engine:
+    """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
+    tokenizer = ModelTokenizer.load(directory)
+    decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
+    model = prepare(decoder, exact=exact)
+    del decoder
+    return Engine(model, kv_bytes=kv_bytes, tokenizer=tokenizer, limits=limits)

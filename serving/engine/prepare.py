@@ -1,0 +1,183 @@
+"""From a decoder as it lies on disk to what the engine multiplies by: fused projections, packed weights, one dtype.
+
+Names on disk and in training stay Hugging Face's; fusing q/k/v and gate/up and laying weights out for a kernel happen
+here and nowhere else. `exact=True` prepares the plain path: dequantised fp32 weights, nothing rounded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import CheckpointError
+from quant.int4_linear import KernelName, LinearKernel, QuantizedLinear, build_kernel, probe_kernel
+from quant.matrix import concat_rows
+from serving.model.attention import rotary_frequencies, rotary_tables
+from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
+from serving.model.transformer import Decoder, DecoderLayer
+
+logger = logging.getLogger(__name__)
+
+# Up to this many rows the head is read in 8 bits (memory-bound); above, the bf16 product is faster (compute-bound).
+INT8_HEAD_MAX_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLinear:
+    """One product for all projections that read the same input."""
+
+    kernel: LinearKernel
+    parts: tuple[tuple[str, int], ...]  # (Hugging Face module name, width) in order of output columns
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    input_norm: Tensor  # (hidden,) float32, times sqrt(hidden): see `runner.rms_norm`
+    post_attention_norm: Tensor
+    q_norm: Tensor | None  # (head dim,) float32, times sqrt(head dim)
+    k_norm: Tensor | None
+    qkv: FusedLinear
+    out: FusedLinear
+    gate_up: FusedLinear
+    down: FusedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """Everything a step reads. `dtype` is that of activations between kernels and of the KV cache."""
+
+    spec: DecoderSpec
+    layers: Sequence[PreparedLayer]
+    embedding: Tensor  # (vocabulary, hidden) in dtype
+    final_norm: Tensor
+    head: Callable[[Tensor], Tensor]  # (rows, hidden) in dtype -> logits (rows, vocabulary) float32
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, sin (tokens, head dim) float32
+    dtype: torch.dtype
+    is_exact: bool
+    kernel_name: KernelName
+
+
+def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
+    """Prepare a decoder for inference. The decoder's own tensors are not changed; fp32 ones may be shared when exact.
+
+    Raises CheckpointError if the engine has no path for the decoder's form.
+    """
+    spec = decoder.spec
+    _check_supported(spec)
+    kernel_name = KernelName.PLAIN if exact else probe_kernel()
+    dtype = torch.float32 if exact else torch.bfloat16
+    with torch.inference_mode():
+        return PreparedModel(
+            spec=spec,
+            layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
+            embedding=decoder.model.embed_tokens.weight.detach().to(dtype),
+            final_norm=_norm_weight(decoder.model.norm),
+            head=_prepare_head(decoder, exact=exact),
+            rotary=partial(rotary_tables, rotary_frequencies(spec, torch.device("cpu"))),
+            dtype=dtype,
+            is_exact=exact,
+            kernel_name=kernel_name,
+        )
+
+
+def _check_supported(spec: DecoderSpec) -> None:
+    served = (Norm.RMS, BlockForm.SEQUENTIAL, Positions.ROTARY_HALVES, Activation.SWIGLU)
+    found = (spec.norm, spec.block, spec.positions, spec.activation)
+    if found != served:
+        raise CheckpointError(f"the engine serves {served} decoders; {spec.family} is {found}")
+
+
+def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype) -> PreparedLayer:
+    layer = cast("DecoderLayer", decoder.layers[index])
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def fuse(block: str, *names: str) -> FusedLinear:
+        owner = attention if block == "self_attn" else mlp
+        linears = [getattr(owner, name) for name in names]
+        prefix = f"model.layers.{index}.{block}"
+        parts = tuple((f"{prefix}.{name}", linear.out_features) for name, linear in zip(names, linears, strict=True))
+        return FusedLinear(_fuse(linears, kernel_name, dtype), parts)
+
+    return PreparedLayer(
+        input_norm=_norm_weight(layer.input_layernorm),
+        post_attention_norm=_norm_weight(layer.post_attention_layernorm),
+        q_norm=None if attention.q_norm is None else _norm_weight(attention.q_norm),
+        k_norm=None if attention.k_norm is None else _norm_weight(attention.k_norm),
+        qkv=fuse("self_attn", "q_proj", "k_proj", "v_proj"),
+        out=fuse("self_attn", "o_proj"),
+        gate_up=fuse("mlp", "gate_proj", "up_proj"),
+        down=fuse("mlp", "down_proj"),
+    )
+
+
+def _norm_weight(norm: nn.Module) -> Tensor:
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().to(torch.float32) * weight.shape[0] ** 0.5
+
+
+def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
+    bias = _stack_bias(linears)
+    matrices = [linear.matrix for linear in linears if isinstance(linear, QuantizedLinear)]
+    if len(matrices) == len(linears) and len({(m.bits, m.group_size) for m in matrices}) == 1:
+        return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
+    weights = [_plain_weight(linear, dtype) for linear in linears]
+    return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))
+
+
+def _plain_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    if isinstance(linear, QuantizedLinear):
+        return linear.matrix.dequantize(dtype)
+    assert isinstance(linear, nn.Linear | nn.Embedding)
+    return linear.weight.detach().to(dtype)
+
+
+def _stack_bias(linears: Sequence[nn.Module]) -> Tensor | None:
+    """All biases or none: the linears of one fused product come from one family."""
+    biases = [bias for bias in (cast("Tensor | None", linear.bias) for linear in linears) if bias is not None]
+    if not biases:
+        return None
+    if len(biases) != len(linears):
+        raise CheckpointError(f"{len(biases)} of {len(linears)} fused projections have a bias; expected all or none")
+    return torch.cat([bias.detach().to(torch.float32) for bias in biases])
+
+
+class DenseKernel:
+    """A linear that is not quantised, in the engine's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+def _prepare_head(decoder: Decoder, *, exact: bool) -> Callable[[Tensor], Tensor]:
+    weight = _plain_weight(decoder.lm_head or decoder.model.embed_tokens, torch.float32 if exact else torch.bfloat16)
+    return DenseKernel(weight, None) if exact else FastHead(weight)
+
+
+class FastHead:
+    """Logits of few rows from 8-bit weights (one scale a vocabulary entry), of many rows from the bf16 ones."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        scales = weight.to(torch.float32).abs().amax(dim=1).clamp_min(1e-12) / 127
+        self._codes = (weight.to(torch.float32) / scales.unsqueeze(1)).round().to(torch.int8)
+        self._scales = scales
+        self._ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[0] > INT8_HEAD_MAX_ROWS:
+            return nn.functional.linear(hidden, self._weight).to(torch.float32)
+        # Scaled in fp32 afterwards: the operator would round the scales to bf16, up to 0.4 % of a logit.
+        product = torch.ops.aten._weight_int8pack_mm(hidden, self._codes, self._ones)
+        return product.to(torch.float32) * self._scales

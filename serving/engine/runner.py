@@ -1,0 +1,151 @@
+"""One forward pass of a prepared model over a step's rows and the paged cache: ids in, final hidden states out.
+
+This is the replaceable decode step: a native kernel or a device backend takes the place of `run_step` with the same
+arguments. The plain reference is `Decoder.forward`; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from serving.engine.adapters import AdapterRows, add_deltas
+from serving.engine.batch import DecodeGroup, Span, StepBatch
+from serving.engine.kv_blocks import KVCache
+from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel
+from serving.model.spec import DecoderSpec
+
+
+def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:
+    """Hidden states after the final norm, (rows, hidden) in the model's dtype. Writes every row's key and value."""
+    hidden = functional.embedding(batch.ids, model.embedding).to(torch.float32)  # the residual stream stays float32
+    rotary = _rotary_tables(model, batch.positions)
+    for index, layer in enumerate(model.layers):
+        hidden = _run_layer(model, layer, index, cache, batch, hidden, rotary)
+    return rms_norm(hidden, model.final_norm, model.spec.norm_eps, model.dtype)
+
+
+def rms_norm(x: Tensor, scaled_weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in `dtype`. x: (..., width) float32; scaled_weight: weight * sqrt(width).
+
+    Written over the norm so that it is four small operators instead of the six of the composite one:
+    mean(x^2) + eps = (norm(x)^2 + width * eps) / width.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    floor = (x.shape[-1] * eps) ** 0.5
+    norm.hypot_(norm.new_full((), floor))
+    return x.div(norm).mul_(scaled_weight).to(dtype)
+
+
+def _rotary_tables(model: PreparedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, each (rows, 1, head dim) in the model's dtype, for `_rotate`."""
+    cos, sin = model.rotary(positions)
+    half = sin.shape[-1] // 2
+    signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+    return cos.to(model.dtype).unsqueeze(1), signed_sin.to(model.dtype).unsqueeze(1)
+
+
+def _run_layer(
+    model: PreparedModel,
+    layer: PreparedLayer,
+    index: int,
+    cache: KVCache,
+    batch: StepBatch,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    spec = model.spec
+    adapters = batch.adapter_rows
+    normed = rms_norm(hidden, layer.input_norm, spec.norm_eps, model.dtype)
+    qkv = _apply(layer.qkv, normed, adapters)
+    queries = _rotate_and_store(layer, index, cache, batch, qkv, rotary, spec)
+    attended = _attend(cache, index, batch, queries, spec)
+    hidden = hidden.add_(_apply(layer.out, attended, adapters))
+    normed = rms_norm(hidden, layer.post_attention_norm, spec.norm_eps, model.dtype)
+    gate_up = _apply(layer.gate_up, normed, adapters)
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = functional.silu(gate).mul_(up)
+    return hidden.add_(_apply(layer.down, activated, adapters))
+
+
+def _apply(linear: FusedLinear, x: Tensor, adapters: Sequence[AdapterRows]) -> Tensor:
+    output = linear.kernel(x)
+    if adapters:
+        add_deltas(output, x, linear.parts, adapters)
+    return output
+
+
+def _rotate_and_store(
+    layer: PreparedLayer,
+    index: int,
+    cache: KVCache,
+    batch: StepBatch,
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    spec: DecoderSpec,
+) -> Tensor:
+    """Rotate queries and keys in place, cache keys and values; returns queries (rows, q heads, head dim)."""
+    query_width = spec.num_heads * spec.head_dim
+    num_rotated = spec.num_heads + spec.num_kv_heads
+    rotated = qkv[:, : num_rotated * spec.head_dim].unflatten(1, (num_rotated, spec.head_dim))
+    if layer.q_norm is not None and layer.k_norm is not None:
+        queries, keys = rotated.split((spec.num_heads, spec.num_kv_heads), dim=1)
+        queries.copy_(rms_norm(queries.to(torch.float32), layer.q_norm, spec.norm_eps, qkv.dtype))
+        keys.copy_(rms_norm(keys.to(torch.float32), layer.k_norm, spec.norm_eps, qkv.dtype))
+    _rotate(rotated, *rotary)
+    cache.write(index, batch.slots, qkv[:, query_width:])
+    return rotated[:, : spec.num_heads]
+
+
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
+    """x * cos + rotate_half(x) * sin in place, rotate_half's sign folded into the sine. x: (rows, heads, head dim)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    x.mul_(cos).addcmul_(swapped, signed_sin)
+
+
+def _attend(cache: KVCache, index: int, batch: StepBatch, queries: Tensor, spec: DecoderSpec) -> Tensor:
+    """Attention of every row over its own sequence. queries: (rows, q heads, head dim); returns (rows, q width)."""
+    width = spec.num_heads * spec.head_dim
+    if len(batch.spans) == 1 and not batch.decode_groups:
+        return _attend_span(cache, index, batch.spans[0], queries, spec).reshape(queries.shape[0], width)
+    attended = torch.empty(queries.shape[0], width, dtype=queries.dtype)
+    for group in batch.decode_groups:
+        attended.index_copy_(0, group.rows, _attend_group(cache, index, group, queries, spec))
+    for span in batch.spans:
+        rows = slice(span.first_row, span.first_row + span.num_rows)
+        attended[rows] = _attend_span(cache, index, span, queries[rows], spec).reshape(span.num_rows, width)
+    return attended
+
+
+def _attend_group(cache: KVCache, index: int, group: DecodeGroup, queries: Tensor, spec: DecoderSpec) -> Tensor:
+    keys, values = cache.read_blocks(index, group.block_table)
+    # The query heads that share a key head stand where a longer query would: no key is repeated.
+    grouped = queries.index_select(0, group.rows).unflatten(1, (spec.num_kv_heads, -1))
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.is_context)
+    return attended.flatten(1)
+
+
+def _attend_span(cache: KVCache, index: int, span: Span, queries: Tensor, spec: DecoderSpec) -> Tensor:
+    """queries: (span rows, q heads, head dim); returns (span rows, q heads, head dim)."""
+    if span.first_slot is not None:
+        keys, values = cache.read_run(index, span.first_slot, span.context)
+    else:
+        padded_keys, padded_values = cache.read_blocks(index, span.block_table)
+        keys, values = padded_keys[0, :, : span.context], padded_values[0, :, : span.context]
+    if span.num_rows == 1:
+        grouped = queries.unflatten(1, (spec.num_kv_heads, -1))  # (1, kv heads, group, head dim)
+        return functional.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0))
+    group_size = spec.num_heads // spec.num_kv_heads
+    grouped = queries.unflatten(1, (spec.num_kv_heads, group_size)).permute(1, 2, 0, 3)
+    shape = (spec.num_kv_heads, group_size, span.context, spec.head_dim)
+    attended = functional.scaled_dot_product_attention(
+        grouped,
+        keys.unsqueeze(1).expand(shape),
+        values.unsqueeze(1).expand(shape),
+        attn_mask=span.is_visible,
+        is_causal=span.is_visible is None,
+    )  # (kv heads, group, rows, head dim)
+    return attended.permute(2, 0, 1, 3)

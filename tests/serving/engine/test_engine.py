@@ -1,0 +1,276 @@
+"""The engine against the plain decoder, on tiny random models: batching, chunking and preemption change nothing."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from serving.engine.engine import Engine, EngineLimits
+from serving.engine.kv_blocks import KVLayout
+from serving.engine.prepare import prepare
+from serving.engine.requests import (
+    CancelRequest,
+    EngineEvent,
+    EngineRequest,
+    GenerateRequest,
+    PoolEvent,
+    PoolRequest,
+    SamplingParams,
+    ScoreEvent,
+    ScoreRequest,
+    TokenEvent,
+)
+from serving.errors import InvalidRequest, PromptTooLong, QueueFull
+from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
+from serving.model.transformer import Decoder
+
+pytestmark = pytest.mark.unit
+
+EOS = 1
+SPEC = DecoderSpec(
+    family="test",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    norm=Norm.RMS,
+    norm_eps=1e-5,
+    block=BlockForm.SEQUENTIAL,
+    positions=Positions.ROTARY_HALVES,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    activation=Activation.SWIGLU,
+    qkv_bias=True,
+    out_bias=False,
+    qk_norm=True,
+    tied_embeddings=False,
+    max_positions=256,
+)
+
+
+def make_decoder() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(SPEC)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return decoder.eval()
+
+
+def make_engine(*, num_blocks: int = 64, exact: bool = True, **limits: int) -> Engine:
+    model = prepare(make_decoder(), exact=exact)
+    kv_bytes = num_blocks * KVLayout.of(SPEC, model.dtype).block_bytes
+    return Engine(model, kv_bytes=kv_bytes, tokenizer=None, limits=EngineLimits(**limits), eos_ids=frozenset({EOS}))
+
+
+def generate(request_id: str, prompt: list[int], max_tokens: int = 12, **changes: object) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0, seed=7, ignore_eos=True)
+    num_choices = int(str(changes.pop("num_choices", 1)))
+    sampling = msgspec.structs.replace(sampling, **changes)
+    return GenerateRequest(request_id=request_id, prompt_ids=prompt, sampling=sampling, num_choices=num_choices)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(2, SPEC.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run(engine: Engine) -> list[EngineEvent]:
+    events: list[EngineEvent] = []
+    while engine.has_work:
+        events += engine.step().events
+    return events
+
+
+def tokens(events: list[EngineEvent], request_id: str, choice_index: int = 0) -> list[int]:
+    found: list[int] = []
+    for event in events:
+        if isinstance(event, TokenEvent) and (event.request_id, event.choice_index) == (request_id, choice_index):
+            found += event.token_ids
+    return found
+
+
+def alone(request: EngineRequest, **engine: int) -> list[EngineEvent]:
+    one = make_engine(**engine)
+    one.submit(request)
+    return run(one)
+
+
+def greedy_reference(prompt: list[int], count: int) -> list[int]:
+    """The plain decoder over the whole sequence, once for every token."""
+    decoder, ids = make_decoder(), list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(decoder(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_tokens_are_the_plain_decoders() -> None:
+    prompt = prompt_of(21)
+    assert tokens(alone(generate("a", prompt)), "a") == greedy_reference(prompt, 12)
+
+
+def test_a_batch_gives_what_each_gives_alone() -> None:
+    requests = [generate(f"r{i}", prompt_of(3 + 9 * i, seed=i), max_tokens=5 + i, temperature=i % 2) for i in range(6)]
+    engine = make_engine(prefill_chunk_tokens=16)
+    for request in requests:
+        engine.submit(request)
+    together = run(engine)
+    for request in requests:
+        assert tokens(together, request.request_id) == tokens(alone(request), request.request_id)
+
+
+def test_chunked_prefill_changes_nothing() -> None:
+    request = generate("a", prompt_of(70))
+    assert tokens(alone(request, prefill_chunk_tokens=7), "a") == tokens(alone(request), "a")
+
+
+def test_preempted_sequences_resume_with_identical_tokens() -> None:
+    requests = [generate(f"r{i}", prompt_of(20, seed=i), max_tokens=40, temperature=0.9) for i in range(4)]
+    engine = make_engine(num_blocks=10)
+    for request in requests:
+        engine.submit(request)
+    events = run(engine)
+    assert engine._scheduler.num_preemptions > 0
+    for request in requests:
+        assert tokens(events, request.request_id) == tokens(alone(request), request.request_id)
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_total_blocks
+
+
+def test_the_fast_path_agrees_with_the_plain_one() -> None:
+    """The distributions agree to bf16 rounding; a layer out of place moves them by whole units."""
+    ids = prompt_of(60)
+    exact = next(e for e in alone(ScoreRequest(request_id="s", ids=ids)) if isinstance(e, ScoreEvent))
+    engine = make_engine(exact=False, prefill_chunk_tokens=25)
+    engine.submit(ScoreRequest(request_id="s", ids=ids))
+    fast = next(e for e in run(engine) if isinstance(e, ScoreEvent))
+    for one, other in zip(exact.logprobs, fast.logprobs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=0.15)
+
+
+def test_scores_are_the_decoders_logprobs_in_any_chunking() -> None:
+    ids = prompt_of(40)
+    with torch.no_grad():
+        logprobs = make_decoder()(torch.tensor([ids]))[0].log_softmax(-1)
+    expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
+    for chunk in (256, 9):
+        (event,) = alone(ScoreRequest(request_id="s", ids=ids, num_top_logprobs=3), prefill_chunk_tokens=chunk)
+        assert isinstance(event, ScoreEvent)
+        assert [found.logprob for found in event.logprobs] == pytest.approx(expected, abs=1e-4)
+        assert all(len(found.top) == 3 for found in event.logprobs)
+
+
+def test_pool_gives_the_last_hidden_state_through_a_head() -> None:
+    ids, decoder = prompt_of(19), make_decoder()
+    with torch.no_grad():
+        cos, sin = decoder.rotary(torch.arange(len(ids)))
+        hidden = decoder.embed(torch.tensor([ids]))
+        for layer in decoder.layers:
+            hidden = layer(hidden, cos, sin)
+        expected = decoder.final_norm(hidden)[0, -1]
+    engine = make_engine()
+    head = torch.randn(2, SPEC.hidden_size)
+    engine.set_head("reward", head)
+    engine.submit(PoolRequest(request_id="h", ids=ids))
+    engine.submit(PoolRequest(request_id="r", ids=ids, head="reward"))
+    values = {event.request_id: event.values for event in run(engine) if isinstance(event, PoolEvent)}
+    assert values["h"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert values["r"] == pytest.approx((head @ expected).tolist(), abs=1e-3)
+
+
+def test_an_adapter_changes_only_the_rows_that_name_it() -> None:
+    ids, name = prompt_of(15), "model.layers.1.self_attn.v_proj"
+    a, b = torch.randn(4, SPEC.hidden_size), torch.randn(SPEC.num_kv_heads * SPEC.head_dim, 4)
+    engine = make_engine()
+    engine.set_adapter("tuned", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, version=1)
+    engine.submit(ScoreRequest(request_id="base", ids=ids))
+    engine.submit(ScoreRequest(request_id="tuned", ids=ids, adapter="tuned"))
+    found = {e.request_id: [p.logprob for p in e.logprobs] for e in run(engine) if isinstance(e, ScoreEvent)}
+    decoder = make_decoder()
+    with torch.no_grad():
+        for request_id in ("base", "tuned"):
+            logprobs = decoder(torch.tensor([ids]))[0].log_softmax(-1)
+            expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
+            assert found[request_id] == pytest.approx(expected, abs=1e-3)
+            decoder.get_submodule(name).weight.add_(b @ a)  # type: ignore[operator]
+
+
+def test_a_cancelled_sequence_frees_its_blocks_at_the_next_step_in_the_middle_of_prefill() -> None:
+    engine = make_engine(prefill_chunk_tokens=8)
+    engine.submit(generate("long", prompt_of(100)))
+    engine.submit(generate("other", prompt_of(5)))
+    engine.step()
+    engine.cancel(CancelRequest(request_id="long"))
+    report = engine.step()
+    (terminal,) = [e for e in report.events if isinstance(e, TokenEvent) and e.request_id == "long"]
+    assert terminal.finish_reason == "cancelled"
+    assert report.stats.freed_request_ids == ["long"]
+    assert len(tokens(report.events + run(engine), "other")) == 12
+
+
+def test_one_choice_can_be_cancelled_alone() -> None:
+    engine = make_engine()
+    engine.submit(generate("a", prompt_of(5), num_choices=3, temperature=1.0))
+    first = engine.step().events
+    engine.cancel(CancelRequest(request_id="a", choice_index=1))
+    events = first + run(engine)
+    assert [len(tokens(events, "a", i)) for i in range(3)] == [12, 1, 12]
+
+
+def test_every_choice_ends_in_exactly_one_terminal_event() -> None:
+    engine = make_engine(max_running=3)
+    for i in range(5):
+        engine.submit(generate(f"r{i}", prompt_of(4, seed=i), num_choices=2, temperature=1.0, ignore_eos=False))
+    ended = [(e.request_id, e.choice_index) for e in run(engine) if isinstance(e, TokenEvent) and e.finish_reason]
+    assert sorted(ended) == [(f"r{i}", c) for i in range(5) for c in range(2)]
+
+
+def test_a_long_prefill_does_not_stall_a_running_stream() -> None:
+    engine = make_engine(prefill_chunk_tokens=16)
+    engine.submit(generate("stream", prompt_of(4), max_tokens=30))
+    engine.step()
+    engine.submit(generate("long", prompt_of(150)))
+    for _ in range(8):
+        assert tokens(engine.step().events, "stream")
+
+
+def test_generation_ends_at_the_end_of_the_context() -> None:
+    events = alone(generate("a", prompt_of(250), max_tokens=100))
+    assert len(tokens(events, "a")) == SPEC.max_positions - 250
+    assert isinstance(events[-1], TokenEvent)
+    assert events[-1].finish_reason == "length"
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
+    engine = make_engine(num_blocks=4)
+    with pytest.raises(PromptTooLong, match="prompt has 64 tokens; this server accepts 63"):
+        engine.submit(generate("a", prompt_of(64)))
+    engine.submit(ScoreRequest(request_id="s", ids=prompt_of(64)))
+    assert len(run(engine)) == 1
+
+
+def test_a_full_queue_is_refused() -> None:
+    engine = make_engine(max_waiting=2)
+    engine.submit(generate("a", [5], num_choices=2))
+    with pytest.raises(QueueFull, match="limit is 2"):
+        engine.submit(generate("b", [5]))
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [SPEC.vocab_size]])
+def test_ids_outside_the_vocabulary_are_refused(ids: list[int]) -> None:
+    with pytest.raises(InvalidRequest):
+        make_engine().submit(generate("a", ids))
+
+
+def test_logprobs_come_with_the_tokens_that_were_drawn() -> None:
+    events = alone(generate("a", prompt_of(6), temperature=1.0, num_top_logprobs=2))
+    for event in events:
+        assert isinstance(event, TokenEvent)
+        assert event.logprobs is not None
+        assert [found.token_id for found in event.logprobs] == event.token_ids
+        assert len(event.logprobs[0].top) == 2

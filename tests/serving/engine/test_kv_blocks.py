@@ -1,0 +1,49 @@
+"""The allocator's invariants, with no model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.engine.kv_blocks import BlockAllocator, blocks_for
+
+pytestmark = pytest.mark.unit
+
+
+@given(st.lists(st.integers(min_value=0, max_value=6), max_size=40))
+def test_no_block_has_two_owners_and_none_is_lost(sizes: list[int]) -> None:
+    allocator = BlockAllocator(16)
+    owned: list[list[int]] = []
+    for size in sizes:
+        if size <= allocator.num_free:
+            owned.append(allocator.allocate(size))
+        elif owned:
+            allocator.free(owned.pop(0))
+        held = [block for blocks in owned for block in blocks]
+        assert len(held) == len(set(held))
+        assert len(held) + allocator.num_free == 16
+
+
+def test_lowest_blocks_go_first_so_memory_stays_unmapped() -> None:
+    allocator = BlockAllocator(8)
+    first = allocator.allocate(3)
+    allocator.allocate(2)
+    allocator.free(first)
+    assert allocator.allocate(4) == [0, 1, 2, 5]
+
+
+def test_freeing_a_block_without_owner_is_refused() -> None:
+    allocator = BlockAllocator(2)
+    with pytest.raises(ValueError, match="no owner"):
+        allocator.free([0])
+
+
+def test_asking_for_more_than_is_free_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 free"):
+        BlockAllocator(2).allocate(3)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_a_started_block_counts_whole(tokens: int, blocks: int) -> None:
+    assert blocks_for(tokens) == blocks
