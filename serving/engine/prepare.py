@@ -37,11 +37,19 @@ class FusedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """weight * sqrt(width), (width,) float32, and sqrt(width * eps), (): what `runner.rms_norm` multiplies and adds."""
+
+    scaled_weight: Tensor
+    floor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedLayer:
-    input_norm: Tensor  # (hidden,) float32, times sqrt(hidden): see `runner.rms_norm`
-    post_attention_norm: Tensor
-    q_norm: Tensor | None  # (head dim,) float32, times sqrt(head dim)
-    k_norm: Tensor | None
+    input_norm: RmsNorm
+    post_attention_norm: RmsNorm
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
     qkv: FusedLinear
     out: FusedLinear
     gate_up: FusedLinear
@@ -55,7 +63,7 @@ class PreparedModel:
     spec: DecoderSpec
     layers: Sequence[PreparedLayer]
     embedding: Tensor  # (vocabulary, hidden) in dtype
-    final_norm: Tensor
+    final_norm: RmsNorm
     head: Callable[[Tensor], Tensor]  # (rows, hidden) in dtype -> logits (rows, vocabulary) float32
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, sin (tokens, head dim) float32
     dtype: torch.dtype
@@ -77,7 +85,7 @@ def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
             spec=spec,
             layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
             embedding=decoder.model.embed_tokens.weight.detach().to(dtype),
-            final_norm=_norm_weight(decoder.model.norm),
+            final_norm=_prepare_norm(decoder.model.norm, spec),
             head=_prepare_head(decoder, exact=exact),
             rotary=partial(rotary_tables, rotary_frequencies(spec, torch.device("cpu"))),
             dtype=dtype,
@@ -105,10 +113,10 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
         return FusedLinear(_fuse(linears, kernel_name, dtype), parts)
 
     return PreparedLayer(
-        input_norm=_norm_weight(layer.input_layernorm),
-        post_attention_norm=_norm_weight(layer.post_attention_layernorm),
-        q_norm=None if attention.q_norm is None else _norm_weight(attention.q_norm),
-        k_norm=None if attention.k_norm is None else _norm_weight(attention.k_norm),
+        input_norm=_prepare_norm(layer.input_layernorm, decoder.spec),
+        post_attention_norm=_prepare_norm(layer.post_attention_layernorm, decoder.spec),
+        q_norm=None if attention.q_norm is None else _prepare_norm(attention.q_norm, decoder.spec),
+        k_norm=None if attention.k_norm is None else _prepare_norm(attention.k_norm, decoder.spec),
         qkv=fuse("self_attn", "q_proj", "k_proj", "v_proj"),
         out=fuse("self_attn", "o_proj"),
         gate_up=fuse("mlp", "gate_proj", "up_proj"),
@@ -116,10 +124,11 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
     )
 
 
-def _norm_weight(norm: nn.Module) -> Tensor:
+def _prepare_norm(norm: nn.Module, spec: DecoderSpec) -> RmsNorm:
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().to(torch.float32) * weight.shape[0] ** 0.5
+    width = weight.shape[0]
+    return RmsNorm(weight.detach().to(torch.float32) * width**0.5, torch.tensor((width * spec.norm_eps) ** 0.5))
 
 
 def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:

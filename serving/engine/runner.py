@@ -15,7 +15,7 @@ from torch.nn import functional
 from serving.engine.adapters import AdapterRows, add_deltas
 from serving.engine.batch import DecodeGroup, Span, StepBatch
 from serving.engine.kv_blocks import KVCache
-from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel
+from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel, RmsNorm
 from serving.model.spec import DecoderSpec
 
 
@@ -25,19 +25,17 @@ def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:
     rotary = _rotary_tables(model, batch.positions)
     for index, layer in enumerate(model.layers):
         hidden = _run_layer(model, layer, index, cache, batch, hidden, rotary)
-    return rms_norm(hidden, model.final_norm, model.spec.norm_eps, model.dtype)
+    return rms_norm(hidden, model.final_norm, model.dtype)
 
 
-def rms_norm(x: Tensor, scaled_weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in `dtype`. x: (..., width) float32; scaled_weight: weight * sqrt(width).
+def rms_norm(x: Tensor, norm: RmsNorm, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in `dtype`. x: (..., width) float32.
 
     Written over the norm so that it is four small operators instead of the six of the composite one:
     mean(x^2) + eps = (norm(x)^2 + width * eps) / width.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    floor = (x.shape[-1] * eps) ** 0.5
-    norm.hypot_(norm.new_full((), floor))
-    return x.div(norm).mul_(scaled_weight).to(dtype)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(norm.floor)
+    return x.div(length).mul_(norm.scaled_weight).to(dtype)
 
 
 def _rotary_tables(model: PreparedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +57,12 @@ def _run_layer(
 ) -> Tensor:
     spec = model.spec
     adapters = batch.adapter_rows
-    normed = rms_norm(hidden, layer.input_norm, spec.norm_eps, model.dtype)
+    normed = rms_norm(hidden, layer.input_norm, model.dtype)
     qkv = _apply(layer.qkv, normed, adapters)
     queries = _rotate_and_store(layer, index, cache, batch, qkv, rotary, spec)
     attended = _attend(cache, index, batch, queries, spec)
     hidden = hidden.add_(_apply(layer.out, attended, adapters))
-    normed = rms_norm(hidden, layer.post_attention_norm, spec.norm_eps, model.dtype)
+    normed = rms_norm(hidden, layer.post_attention_norm, model.dtype)
     gate_up = _apply(layer.gate_up, normed, adapters)
     gate, up = gate_up.chunk(2, dim=-1)
     activated = functional.silu(gate).mul_(up)
@@ -93,8 +91,8 @@ def _rotate_and_store(
     rotated = qkv[:, : num_rotated * spec.head_dim].unflatten(1, (num_rotated, spec.head_dim))
     if layer.q_norm is not None and layer.k_norm is not None:
         queries, keys = rotated.split((spec.num_heads, spec.num_kv_heads), dim=1)
-        queries.copy_(rms_norm(queries.to(torch.float32), layer.q_norm, spec.norm_eps, qkv.dtype))
-        keys.copy_(rms_norm(keys.to(torch.float32), layer.k_norm, spec.norm_eps, qkv.dtype))
+        queries.copy_(rms_norm(queries.to(torch.float32), layer.q_norm, qkv.dtype))
+        keys.copy_(rms_norm(keys.to(torch.float32), layer.k_norm, qkv.dtype))
     _rotate(rotated, *rotary)
     cache.write(index, batch.slots, qkv[:, query_width:])
     return rotated[:, : spec.num_heads]
