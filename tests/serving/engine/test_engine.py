@@ -22,44 +22,9 @@ from serving.engine.requests import (
     TokenEvent,
 )
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
-from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
-from serving.model.transformer import Decoder
+from tests.serving.engine.tiny import EOS, SPEC, make_decoder, prompt_of
 
 pytestmark = pytest.mark.unit
-
-EOS = 1
-SPEC = DecoderSpec(
-    family="test",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    norm=Norm.RMS,
-    norm_eps=1e-5,
-    block=BlockForm.SEQUENTIAL,
-    positions=Positions.ROTARY_HALVES,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    activation=Activation.SWIGLU,
-    qkv_bias=True,
-    out_bias=False,
-    qk_norm=True,
-    tied_embeddings=False,
-    max_positions=256,
-)
-
-
-def make_decoder() -> Decoder:
-    torch.manual_seed(0)
-    decoder = Decoder(SPEC)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return decoder.eval()
 
 
 def make_engine(*, num_blocks: int = 64, exact: bool = True, **limits: int) -> Engine:
@@ -73,10 +38,6 @@ def generate(request_id: str, prompt: list[int], max_tokens: int = 12, **changes
     num_choices = int(str(changes.pop("num_choices", 1)))
     sampling = msgspec.structs.replace(sampling, **changes)
     return GenerateRequest(request_id=request_id, prompt_ids=prompt, sampling=sampling, num_choices=num_choices)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(2, SPEC.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def run(engine: Engine) -> list[EngineEvent]:
@@ -94,8 +55,8 @@ def tokens(events: list[EngineEvent], request_id: str, choice_index: int = 0) ->
     return found
 
 
-def alone(request: EngineRequest, **engine: int) -> list[EngineEvent]:
-    one = make_engine(**engine)
+def alone(request: EngineRequest, **limits: int) -> list[EngineEvent]:
+    one = make_engine(num_blocks=64, exact=True, **limits)
     one.submit(request)
     return run(one)
 

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.unit
 GREEDY = SamplingParams(max_tokens=1, temperature=0, seed=0)
 
 
-def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **changes: float | int | None) -> SamplingRow:
+def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **changes: float | None) -> SamplingRow:
     return SamplingRow(msgspec.structs.replace(GREEDY, **changes), 0, prompt, generated)
 
 
 def draws(logits: list[float], count: int, **changes: float | int | None) -> Counter[int]:
-    rows = [row(**{"temperature": 1.0, **changes, "seed": seed}) for seed in range(count)]
+    rows = [row((), (), **{"temperature": 1.0, **changes, "seed": seed}) for seed in range(count)]
     return Counter(sample(torch.tensor([logits] * count), rows))
 
 
