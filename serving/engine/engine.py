@@ -89,6 +89,10 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
+    @property
+    def kernel_name(self) -> str:
+        return self.model.kernel_name
+
     def set_adapter(self, name: str, tensors: Mapping[str, Tensor], version: int) -> None:
         """Add or replace a low-rank adapter; requests that name it use the new one from the next step on."""
         self._adapters[name] = Adapter.from_tensors(name, tensors, version, self.model.dtype)
@@ -168,7 +172,11 @@ class Engine:
         ids = list(request.prompt_ids if isinstance(request, GenerateRequest) else request.ids)
         detokenizer = None
         if isinstance(request, GenerateRequest) and self._tokenizer is not None:
-            detokenizer = Detokenizer(self._tokenizer.token_bytes, request.sampling.stop)
+            detokenizer = Detokenizer(
+                self._tokenizer.token_bytes,
+                request.sampling.stop,
+                strips_leading_space=self._tokenizer.strips_leading_space,
+            )
         return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer)
 
     def _drop_cancelled(self) -> tuple[list[EngineEvent], list[str]]:

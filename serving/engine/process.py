@@ -56,6 +56,8 @@ class EngineLike(Protocol):
     @property
     def max_context(self) -> int: ...
     @property
+    def kernel_name(self) -> str: ...
+    @property
     def has_work(self) -> bool: ...
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, request: CancelRequest) -> None: ...
@@ -119,13 +121,12 @@ def serve_engine(settings: EngineSettings, link: GatewayLink) -> int:
         logger.exception("engine_load_failed directory=%s", settings.directory)
         return _give_up(link, "internal", f"the engine could not load the model: {type(error).__name__}: {error}")
     load_seconds = time.monotonic() - started
-    kernel = getattr(engine, "kernel_name", None)
     link.send(
         Ready(
             max_context=engine.max_context,
             stats=engine.stats(),
             load_seconds=load_seconds,
-            kernel=None if kernel is None else str(kernel),
+            kernel=engine.kernel_name,
         )
     )
     try:
@@ -190,7 +191,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
     limits = EngineLimits(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting + settings.max_running,  # the client refuses first, and knows Retry-After
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        prefill_chunk_tokens=settings.max_step_tokens,
     )
     return load_engine(Path(settings.directory), kv_bytes=settings.kv_bytes, exact=settings.exact, limits=limits)
 

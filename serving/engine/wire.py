@@ -54,7 +54,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_context: int
     stats: EngineStats
     load_seconds: float
-    kernel: str | None = None
+    kernel: str  # which matrix path was chosen at start
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):

@@ -29,6 +29,7 @@ CRASH, HANG, TOO_LONG = 100, 101, 102
 
 class ScriptedEngine:
     max_context = MAX_CONTEXT
+    kernel_name = "scripted"
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int], tuple[EngineRequest, int]] = {}

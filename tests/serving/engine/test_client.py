@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def generate(request_id: str = "r", *, max_tokens: int = 5, first_id: int = 1, n
 
 
 @asynccontextmanager
-async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+async def running(client: EngineClient) -> AsyncGenerator[EngineClient]:
     async with asyncio.timeout(PATIENCE_S):
         await client.start(DIRECTORY)
         try:
