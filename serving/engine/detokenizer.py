@@ -14,10 +14,14 @@ class Detokenizer:
 
     token_bytes: bytes by token id; special tokens have none.
     stop:        strings that end the text and are not part of it.
+    strips_leading_space: drop one space at the very beginning, as sentencepiece tokenizers do when they decode.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), *, strips_leading_space: bool = False
+    ) -> None:
         self._token_bytes = token_bytes
+        self._strips_next = strips_leading_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._held = ""  # decoded text that may be the beginning of a stop string
@@ -26,6 +30,9 @@ class Detokenizer:
     def feed(self, token_id: int) -> str:
         """Text released by one more token. Sets `is_stopped` when a stop string is complete."""
         text = self._decoder.decode(self._token_bytes[token_id])
+        if self._strips_next and text:
+            text = text.removeprefix(" ")
+            self._strips_next = False
         if not self._stop:
             return text
         return self._release(self._held + text)

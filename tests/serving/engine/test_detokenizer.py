@@ -64,3 +64,8 @@ def test_an_unfinished_character_at_the_end_becomes_a_replacement_character() ->
     detokenizer = Detokenizer(BYTES)
     assert detokenizer.feed("é".encode()[0]) == ""
     assert detokenizer.finish() == "�"
+
+
+def test_the_space_that_sentencepiece_puts_first_is_dropped_once() -> None:
+    detokenizer = Detokenizer([b" Hello", b" there"], strips_leading_space=True)
+    assert [detokenizer.feed(i) for i in (0, 1, 0)] == ["Hello", " there", " Hello"]
