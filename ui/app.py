@@ -1,0 +1,56 @@
+"""Mounts the chat page on a FastAPI app: Gradio's uploads, file serving, API listing and telemetry are off.
+
+Gradio takes seconds to import, so it is imported when a page is built, not with this module. Called by the server's
+composition root and by tests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from fastapi import FastAPI
+
+__all__ = ["build_page", "mount_page"]
+
+# How often Gradio looks for new events while nothing happens. Its default wakes the processor 1,000 times a second.
+IDLE_POLL_S = 0.01
+
+
+def build_page(api_base_url: str) -> gr.Blocks:
+    """`api_base_url`: the address of the public API without `/v1`, as reached from this process."""
+    from ui.client import ApiClient
+    from ui.page import build_page as build
+
+    return build(ApiClient(api_base_url))
+
+
+def mount_page(app: FastAPI, *, api_base_url: str) -> FastAPI:
+    """Mounts the page at "/", after the routes `app` already has. Whoever may open it is up to `app`'s middleware."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from ui.guard import PageGuard
+    from ui.layout import page_css, page_script, page_theme
+
+    page = build_page(api_base_url)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        app_kwargs={"middleware": [Middleware(PageGuard, script=page_script())], "openapi_url": None},
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=0,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=page_theme(),
+        css=page_css(),
+    )
+    page._queue.sleep_when_free = IDLE_POLL_S
+    return app
