@@ -22,7 +22,7 @@ def serving_logits(model: PreparedModel, ids: Tensor, *, chunk_tokens: int = 256
     """ids (seq,) -> logits (seq, vocabulary) float32."""
     num_blocks = blocks_for(ids.shape[0])
     cache = KVCache(KVLayout.of(model.spec, model.dtype), num_blocks)
-    scheduler = Scheduler(BlockAllocator(num_blocks), EngineLimits(prefill_chunk_tokens=chunk_tokens))
+    scheduler = Scheduler(BlockAllocator(num_blocks), EngineLimits(max_step_tokens=chunk_tokens))
     known: list[int] = ids.tolist()
     sequence = Sequence(ScoreRequest(request_id="logits", ids=known), 0, 0, known, len(known))
     scheduler.add(sequence)

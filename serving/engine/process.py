@@ -191,7 +191,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
     limits = EngineLimits(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting + settings.max_running,  # the client refuses first, and knows Retry-After
-        prefill_chunk_tokens=settings.max_step_tokens,
+        max_step_tokens=settings.max_step_tokens,
     )
     return load_engine(Path(settings.directory), kv_bytes=settings.kv_bytes, exact=settings.exact, limits=limits)
 

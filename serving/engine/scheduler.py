@@ -22,10 +22,10 @@ class EngineLimits:
     max_running: int = 64
     max_waiting: int = 256
     # Tokens of one step over all sequences, decoding ones first: bounds how long a prefill chunk stalls others.
-    prefill_chunk_tokens: int = 256
+    max_step_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "prefill_chunk_tokens"):
+        for name in ("max_running", "max_waiting", "max_step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -74,7 +74,7 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step, oldest sequence first; blocks for every planned token are allocated on return."""
         chunks: list[Chunk] = []
-        budget = self.limits.prefill_chunk_tokens
+        budget = self.limits.max_step_tokens
         num_preemptions = self.num_preemptions
         for sequence in list(self.running):
             if sequence.num_pending == 1 and budget > 0 and self._reserve(sequence, 1):

@@ -77,7 +77,7 @@ def test_greedy_tokens_are_the_plain_decoders() -> None:
 
 def test_a_batch_gives_what_each_gives_alone() -> None:
     requests = [generate(f"r{i}", prompt_of(3 + 9 * i, seed=i), max_tokens=5 + i, temperature=i % 2) for i in range(6)]
-    engine = make_engine(prefill_chunk_tokens=16)
+    engine = make_engine(max_step_tokens=16)
     for request in requests:
         engine.submit(request)
     together = run(engine)
@@ -87,7 +87,7 @@ def test_a_batch_gives_what_each_gives_alone() -> None:
 
 def test_chunked_prefill_changes_nothing() -> None:
     request = generate("a", prompt_of(70))
-    assert tokens(alone(request, prefill_chunk_tokens=7), "a") == tokens(alone(request), "a")
+    assert tokens(alone(request, max_step_tokens=7), "a") == tokens(alone(request), "a")
 
 
 def test_preempted_sequences_resume_with_identical_tokens() -> None:
@@ -107,7 +107,7 @@ def test_the_fast_path_agrees_with_the_plain_one() -> None:
     """The distributions agree to bf16 rounding; a layer out of place moves them by whole units."""
     ids = prompt_of(60)
     exact = next(e for e in alone(ScoreRequest(request_id="s", ids=ids)) if isinstance(e, ScoreEvent))
-    engine = make_engine(exact=False, prefill_chunk_tokens=25)
+    engine = make_engine(exact=False, max_step_tokens=25)
     engine.submit(ScoreRequest(request_id="s", ids=ids))
     fast = next(e for e in run(engine) if isinstance(e, ScoreEvent))
     for one, other in zip(exact.logprobs, fast.logprobs, strict=True):
@@ -120,7 +120,7 @@ def test_scores_are_the_decoders_logprobs_in_any_chunking() -> None:
         logprobs = make_decoder()(torch.tensor([ids]))[0].log_softmax(-1)
     expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
     for chunk in (256, 9):
-        (event,) = alone(ScoreRequest(request_id="s", ids=ids, num_top_logprobs=3), prefill_chunk_tokens=chunk)
+        (event,) = alone(ScoreRequest(request_id="s", ids=ids, num_top_logprobs=3), max_step_tokens=chunk)
         assert isinstance(event, ScoreEvent)
         assert [found.logprob for found in event.logprobs] == pytest.approx(expected, abs=1e-4)
         assert all(len(found.top) == 3 for found in event.logprobs)
@@ -162,7 +162,7 @@ def test_an_adapter_changes_only_the_rows_that_name_it() -> None:
 
 
 def test_a_cancelled_sequence_frees_its_blocks_at_the_next_step_in_the_middle_of_prefill() -> None:
-    engine = make_engine(prefill_chunk_tokens=8)
+    engine = make_engine(max_step_tokens=8)
     engine.submit(generate("long", prompt_of(100)))
     engine.submit(generate("other", prompt_of(5)))
     engine.step()
@@ -192,7 +192,7 @@ def test_every_choice_ends_in_exactly_one_terminal_event() -> None:
 
 
 def test_a_long_prefill_does_not_stall_a_running_stream() -> None:
-    engine = make_engine(prefill_chunk_tokens=16)
+    engine = make_engine(max_step_tokens=16)
     engine.submit(generate("stream", prompt_of(4), max_tokens=30))
     engine.step()
     engine.submit(generate("long", prompt_of(150)))
