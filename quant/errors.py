@@ -1,4 +1,4 @@
-"""What can go wrong with checkpoints and quantisation. A message names what was found, what was expected, what to do."""
+"""What can go wrong with checkpoints and quantisation. Messages say what was found, what was expected, what to do."""
 
 from __future__ import annotations
 

@@ -77,3 +77,14 @@ def concat_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
         bits=first.bits,
         group_size=first.group_size,
     )
+
+
+def split_rows(matrix: QuantizedMatrix, sizes: Sequence[int]) -> list[QuantizedMatrix]:
+    """The inverse of `concat_rows`: consecutive runs of `sizes` outputs."""
+    parts = zip(
+        matrix.codes.split(list(sizes)), matrix.scales.split(list(sizes)), matrix.zeros.split(list(sizes)), strict=True
+    )
+    return [
+        QuantizedMatrix(codes.clone(), scales.clone(), zeros.clone(), matrix.bits, matrix.group_size)
+        for codes, scales, zeros in parts
+    ]
