@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from quant.errors import CheckpointError
 from quant.model_directory import JsonValue, hash_directory, read_manifest
@@ -239,6 +239,13 @@ def prepared_directory(folder: Path, reference: ModelReference) -> Path:
 def is_published(directory: Path) -> bool:
     """Directories appear whole, and the manifest comes with them."""
     return directory.is_dir() and read_manifest(directory) is not None
+
+
+def model_state(cache: Path, reference: ModelReference) -> Literal["prepared", "downloaded", "not downloaded"]:
+    folder = model_folder(cache, reference)
+    if is_published(prepared_directory(folder, reference)):
+        return "prepared"
+    return "downloaded" if is_published(folder / "source") else "not downloaded"
 
 
 def is_quantized(directory: Path) -> bool:
