@@ -1,0 +1,140 @@
+"""From what a person wrote (TOML value, environment text, flag text) to a checked value of one setting.
+
+Each reader takes the raw value and returns the value, or raises ValueError with what is allowed. Used by
+`serving.config` only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+__all__ = ["boolean", "choice", "integer", "names", "number", "optional", "path", "read_size", "size", "text"]
+
+T = TypeVar("T")
+Reader = Callable[[object], T]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000 ** (i + 1) for i, letter in enumerate("kmgt")},
+    **{f"{letter}ib": 1024 ** (i + 1) for i, letter in enumerate("kmgt")},
+}
+_TRUE = ("true", "1", "yes", "on")
+_FALSE = ("false", "0", "no", "off")
+
+
+def text(raw: object) -> str:
+    if isinstance(raw, str) and raw.strip():
+        return raw.strip()
+    raise ValueError("a text that is not empty")
+
+
+def boolean(raw: object) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.lower() in _TRUE + _FALSE:
+        return raw.lower() in _TRUE
+    raise ValueError("true or false")
+
+
+def integer(low: int, high: int | None = None) -> Reader[int]:
+    allowed = f"a whole number from {low:,}" + (f" to {high:,}" if high is not None else " up")
+
+    def read(raw: object) -> int:
+        value = _as_int(raw)
+        if value is None or value < low or (high is not None and value > high):
+            raise ValueError(allowed)
+        return value
+
+    return read
+
+
+def number(low: float, high: float, *, ends_allowed: bool = True) -> Reader[float]:
+    allowed = f"a number from {low:g} to {high:g}" if ends_allowed else f"a number between {low:g} and {high:g}"
+
+    def read(raw: object) -> float:
+        value = _as_float(raw)
+        if value is None or not low <= value <= high or (not ends_allowed and value in (low, high)):
+            raise ValueError(allowed)
+        return value
+
+    return read
+
+
+def size(low: int) -> Reader[int]:
+    """Bytes, as a number or with a unit: 536870912, 512MiB, 0.5GiB, 512MB."""
+
+    def read(raw: object) -> int:
+        value = read_size(raw)
+        if value is None or value < low:
+            raise ValueError(f"a size of at least {low:,} bytes, such as 512MiB or 2GiB")
+        return value
+
+    return read
+
+
+def choice(*allowed: str) -> Reader[str]:
+    def read(raw: object) -> str:
+        if isinstance(raw, str) and raw.lower() in allowed:
+            return raw.lower()
+        raise ValueError("one of " + ", ".join(allowed))
+
+    return read
+
+
+def member(kind: type[StrEnum]) -> Reader[StrEnum]:
+    read_name = choice(*(str(value) for value in kind))
+    return lambda raw: kind(read_name(raw))
+
+
+def names(raw: object) -> tuple[str, ...]:
+    """A TOML list, or one text with commas."""
+    if isinstance(raw, str):
+        return tuple(part.strip() for part in raw.split(",") if part.strip())
+    if isinstance(raw, Sequence) and all(isinstance(part, str) and part.strip() for part in raw):
+        return tuple(str(part).strip() for part in raw)
+    raise ValueError("a list of texts (in TOML), or texts separated by commas")
+
+
+def path(raw: object) -> Path:
+    if isinstance(raw, Path):
+        return raw
+    return Path(text(raw)).expanduser()
+
+
+def optional(read: Reader[T]) -> Reader[T | None]:
+    """Absent stays absent: None has no spelling, one leaves the setting out."""
+    return lambda raw: None if raw is None else read(raw)
+
+
+def read_size(raw: object) -> int | None:
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    match = _SIZE.fullmatch(raw.strip()) if isinstance(raw, str) else None
+    if match is None or match[2].lower() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _as_int(raw: object) -> int | None:
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and re.fullmatch(r"[+-]?\d[\d_]*", raw.strip()):
+        return int(raw)
+    return None
+
+
+def _as_float(raw: object) -> float | None:
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        return None
+    try:
+        value = float(raw)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
