@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quant.errors import CheckpointError
 from quant.formats.autogptq import gptq_settings, is_packed_tensor, iterate_quantized_linears
 from quant.int4_linear import QuantizedLinear
+from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
 from serving.model.transformer import Decoder
 
@@ -32,7 +33,7 @@ _NAMES_SHOWN = 8
 
 def read_config(directory: Path) -> dict[str, object]:
     """config.json's content. CheckpointError if it is absent or not an object."""
-    return _read_object(directory / CONFIG_FILE)
+    return read_object(directory / CONFIG_FILE)
 
 
 def load_spec(directory: Path) -> DecoderSpec:
@@ -81,7 +82,7 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     """Which file holds each tensor, from the index of a sharded checkpoint or from the one file there is."""
     index = directory / INDEX_FILE
     if index.exists():
-        weight_map = _read_object(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map must map tensor names to files")
         return {
@@ -163,15 +164,3 @@ def _refuse_names(problem: str, names: list[str], directory: Path) -> None:
     if names:
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         raise CheckpointError(f"{directory} {problem}: {', '.join(names[:_NAMES_SHOWN])}{more}")
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; a model directory in Hugging Face's layout has one")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return cast("dict[str, object]", content)
