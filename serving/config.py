@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from serving.errors import ConfigError
 from serving.log import LogFormat
 from serving.setting_values import boolean, choice, integer, member, names, number, optional, path, size, text
 
@@ -32,14 +33,13 @@ ENV_PREFIX = "CAUSERIE_"
 API_KEY_VARIABLE = "CAUSERIE_API_KEY"
 CONFIG_VARIABLE = "CAUSERIE_CONFIG"
 # Read elsewhere (by the cache and the start script), so not unknown here.
-_OTHER_VARIABLES = (API_KEY_VARIABLE, CONFIG_VARIABLE, "CAUSERIE_CACHE", "CAUSERIE_TORCH_INDEX", "CAUSERIE_VENV")
+_OTHER_VARIABLES = (
+    *(API_KEY_VARIABLE, CONFIG_VARIABLE, "CAUSERIE_CACHE"),
+    *("CAUSERIE_TORCH_INDEX", "CAUSERIE_VENV", "CAUSERIE_CHROMIUM"),
+)
 
 OnFlagged: TypeAlias = Literal["error", "refuse"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
-
-
-class ConfigError(Exception):
-    """A setting cannot be used. The message says which, where it came from, what it was and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)

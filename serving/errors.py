@@ -16,7 +16,7 @@ ServiceError
     ├── EngineStopped
     └── ModerationUnavailable
 
-CheckpointError (start-up only) comes from `quant.errors`, below serving in the import order.
+Start-up only: ConfigError, and CheckpointError from `quant.errors`, below serving in the import order.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from quant.errors import CheckpointError
 __all__ = [
     "BodyTooLarge",
     "CheckpointError",
+    "ConfigError",
     "ContentFlagged",
     "EngineStopped",
     "Forbidden",
@@ -43,6 +44,10 @@ __all__ = [
     "UnknownRequest",
     "UnsupportedMediaType",
 ]
+
+
+class ConfigError(Exception):
+    """A setting cannot be used. The message says which, where it came from, what it was and what is allowed."""
 
 
 class ServiceError(Exception):
