@@ -1,0 +1,147 @@
+"""The binary text classifier: harmful or not, as a calibrated probability. Knows texts, not conversations.
+
+`TextClassifier` is the seam that a transformer may take later; `NgramClassifier` is logistic regression over hashed
+n-grams, read from safetensors and evaluated with numpy alone. `moderation.policy` is the only caller in serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from moderation.categories import Category
+from moderation.errors import ModerationError, WeightsError
+from moderation.features import FeatureOptions, hash_features
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "NgramClassifier", "NgramConfig", "TextClassifier", "shipped_weights"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.safetensors"
+FORMAT = "causerie-ngram-1"
+CURE = "reinstall causerie, or write new weights with `causerie train moderation`"
+
+
+class TextClassifier(Protocol):
+    """Deterministic and thread-safe. A text it cannot judge raises ModerationError; it never answers a default."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def threshold(self) -> float:
+        """The probability from which on the policy flags, chosen at training time."""
+        ...
+
+    @property
+    def trained_categories(self) -> tuple[Category, ...]: ...
+    def probabilities(self, texts: Sequence[str]) -> list[float]:
+        """Calibrated probability that each text is harmful, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NgramConfig:
+    """config.json of a weights directory. probability = sigmoid(slope * (features . weights + bias) + intercept)."""
+
+    version: str
+    features: FeatureOptions
+    bias: float
+    slope: float
+    intercept: float
+    threshold: float
+    weights_sha256: str
+    format: str = FORMAT
+
+
+def shipped_weights() -> Path:
+    return Path(__file__).parent / "weights"
+
+
+class NgramClassifier:
+    """Logistic regression over hashed n-grams. Holds only constants after construction."""
+
+    def __init__(self, config: NgramConfig, weights: npt.NDArray[np.float32]) -> None:
+        """weights: (2**bucket_bits,) float32, one per bucket."""
+        self._config = config
+        self._weights = weights
+
+    @property
+    def name(self) -> str:
+        return "causerie-moderation-ngram"
+
+    @property
+    def version(self) -> str:
+        return self._config.version
+
+    @property
+    def threshold(self) -> float:
+        return self._config.threshold
+
+    @property
+    def trained_categories(self) -> tuple[Category, ...]:
+        return ()
+
+    @classmethod
+    def load(cls, directory: Path | None = None) -> NgramClassifier:
+        """Reads and checks a weights directory, the shipped one by default. Raises WeightsError."""
+        root = shipped_weights() if directory is None else directory
+        config = read_config(root / CONFIG_FILE)
+        weights = _read_weights(root / WEIGHTS_FILE, config)
+        return cls(config, weights)
+
+    def probabilities(self, texts: Sequence[str]) -> list[float]:
+        return [self._calibrate(self.logit(text)) for text in texts]
+
+    def logit(self, text: str) -> float:
+        """The raw margin before calibration."""
+        features = hash_features(text, self._config.features)
+        return float(self._weights[features.indices] @ features.values) + self._config.bias
+
+    def _calibrate(self, logit: float) -> float:
+        z = self._config.slope * logit + self._config.intercept
+        return float(1.0 / (1.0 + np.exp(-np.clip(z, -60.0, 60.0))))
+
+
+def read_config(path: Path) -> NgramConfig:
+    """Reads config.json with its types checked. Raises WeightsError."""
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=NgramConfig)
+    except FileNotFoundError:
+        raise WeightsError(path, "the file is missing", CURE) from None
+    except (OSError, msgspec.MsgspecError, ModerationError) as error:
+        raise WeightsError(path, f"not a classifier configuration ({error})", CURE) from None
+    if config.format != FORMAT:
+        raise WeightsError(path, f"format {config.format!r}, expected {FORMAT!r}", CURE)
+    numbers = (config.bias, config.slope, config.intercept, config.threshold)
+    if not all(math.isfinite(number) for number in numbers) or not 0.0 < config.threshold <= 1.0 or config.slope <= 0.0:
+        raise WeightsError(path, "numbers not finite, or threshold outside (0, 1], or slope not positive", CURE)
+    return config
+
+
+def _read_weights(path: Path, config: NgramConfig) -> npt.NDArray[np.float32]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(path, f"cannot be read ({error.strerror})", CURE) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != config.weights_sha256:
+        raise WeightsError(path, f"sha256 {digest[:12]}, expected {config.weights_sha256[:12]}", CURE)
+    try:
+        weights = cast("npt.NDArray[np.float16]", load_safetensors(content)["weights"])
+    except (SafetensorError, KeyError) as error:
+        raise WeightsError(path, f"holds no tensor 'weights' ({error})", CURE) from None
+    expected = (1 << config.features.bucket_bits,)
+    if weights.shape != expected or not np.isfinite(weights).all():
+        raise WeightsError(path, f"shape {weights.shape} or values unusable, expected {expected}, finite", CURE)
+    return weights.astype(np.float32)
