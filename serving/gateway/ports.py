@@ -14,7 +14,6 @@ from serving.errors import EngineStopped, Unavailable
 
 if TYPE_CHECKING:
     from moderation.policy import Turn, Verdict
-
     from serving.engine.requests import EngineEvent, EngineRequest, EngineStats
     from serving.metrics import Metrics
     from serving.model.chat_format import ChatMessage
@@ -71,6 +70,8 @@ class ChatFormatPort(Protocol):
 class ModerationPort(Protocol):
     """The shape of `moderation.policy.Policy`."""
 
+    @property
+    def model_id(self) -> str: ...
     def judge_input(self, turns: Sequence[Turn]) -> Verdict: ...
     def judge_texts(self, texts: Sequence[str]) -> list[Verdict]: ...
 
