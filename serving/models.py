@@ -189,7 +189,7 @@ def resolve(model: str) -> ModelReference:
         if model.lower() in (named.name, named.hub_id.lower()):
             return named.reference()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return ModelReference(slug=_slug(path.absolute().name), directory=path.absolute())
     hub_id, _, revision = model.partition("@")
     if _HUB_ID.fullmatch(hub_id) and not model.startswith("."):

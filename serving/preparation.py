@@ -57,7 +57,7 @@ def prepare_model(model: str, cache: Path, progress: ProgressSink, quantize: Qua
         check_supported(reference.directory)
         if is_quantized(reference.directory):
             return reference.directory
-    folder = _make_folder(model_folder(cache, reference))
+    folder = _make_folder(model_folder(_make_folder(cache), reference))
     target = prepared_directory(folder, reference)
     if is_published(target):
         return target
@@ -77,7 +77,7 @@ def prepare_source(model: str, cache: Path, progress: ProgressSink) -> Path:
     reference = resolve(model)
     if reference.directory is not None:
         return reference.directory
-    folder = _make_folder(model_folder(cache, reference))
+    folder = _make_folder(model_folder(_make_folder(cache), reference))
     with lock_folder(folder, progress):
         remove_leftovers(folder)
         return _obtain_source(reference, folder, progress)
