@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
@@ -85,6 +87,18 @@ def test_a_batch_gives_what_each_gives_alone() -> None:
         assert tokens(together, request.request_id) == tokens(alone(request), request.request_id)
 
 
+def test_sequences_attended_together_see_only_their_own_tokens() -> None:
+    """The grouped attention of the fast path, in float32 so that tokens can be compared."""
+    requests = [generate(f"r{i}", prompt_of(17 + 3 * i, seed=i), max_tokens=20) for i in range(5)]
+    engine = make_engine()
+    engine.model = replace(engine.model, is_exact=False)
+    for request in requests:
+        engine.submit(request)
+    together = run(engine)
+    for request in requests:
+        assert tokens(together, request.request_id) == tokens(alone(request), request.request_id)
+
+
 def test_chunked_prefill_changes_nothing() -> None:
     request = generate("a", prompt_of(70))
     assert tokens(alone(request, max_step_tokens=7), "a") == tokens(alone(request), "a")
@@ -124,6 +138,21 @@ def test_scores_are_the_decoders_logprobs_in_any_chunking() -> None:
         assert isinstance(event, ScoreEvent)
         assert [found.logprob for found in event.logprobs] == pytest.approx(expected, abs=1e-4)
         assert all(len(found.top) == 3 for found in event.logprobs)
+
+
+def test_a_preempted_score_request_scores_every_position_once() -> None:
+    ids = prompt_of(60, seed=3)
+    engine = make_engine(num_blocks=7, max_step_tokens=2)
+    engine.submit(generate("older", prompt_of(20), max_tokens=80))
+    for _ in range(12):
+        engine.step()
+    engine.submit(ScoreRequest(request_id="s", ids=ids))
+    (found,) = [event for event in run(engine) if isinstance(event, ScoreEvent)]
+    assert engine._scheduler.num_preemptions > 0
+    (expected,) = alone(ScoreRequest(request_id="s", ids=ids))
+    assert isinstance(expected, ScoreEvent)
+    assert [p.token_id for p in found.logprobs] == ids[1:]
+    assert [p.logprob for p in found.logprobs] == pytest.approx([p.logprob for p in expected.logprobs], abs=1e-4)
 
 
 def test_pool_gives_the_last_hidden_state_through_a_head() -> None:

@@ -105,3 +105,8 @@ def test_logprobs_are_of_the_models_own_distribution_and_sorted() -> None:
     assert found.logprob == pytest.approx(math.log(0.2), abs=1e-6)
     assert [token for token, _ in found.top] == [1, 0]
     assert found.top[0][1] == pytest.approx(math.log(0.7), abs=1e-6)
+
+
+def test_each_position_draws_anew() -> None:
+    rows = [row(temperature=1.0, seed=5, generated=tuple(range(i))) for i in range(16)]
+    assert len(set(sample(torch.zeros(16, 1000), rows))) > 10
