@@ -7,10 +7,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from serving.config import LoadedConfig
     from serving.models import NamedModel
+
+_SERVE_EXAMPLES = """\
+examples:
+  causerie serve                                       the default model on http://127.0.0.1:8000/
+  causerie serve --model qwen2.5-0.5b-instruct         another one of `causerie models list`
+  causerie serve --model ./my-model --port 9000        a directory that `causerie quantize` wrote
+  CAUSERIE_API_KEY=secret causerie serve --host 0.0.0.0 --allowed-hosts chat.example.org
+
+Each setting can also stand in the TOML file, or in the environment: --kv-memory is CAUSERIE_KV_MEMORY.
+"""
 
 
 def models_list(argv: Sequence[str]) -> int:
@@ -47,3 +59,47 @@ def _model_record(model: NamedModel) -> dict[str, object]:
         "download_bytes": model.download_bytes,
         "memory_bytes": model.memory_bytes,
     }
+
+
+def serve(argv: Sequence[str]) -> int:
+    """`causerie serve`: the chat page and the API, until Ctrl-C."""
+    loaded = _read_serve_arguments(argv)
+    if loaded is None:
+        return 0
+
+    from serving.serve import run_server
+
+    return run_server(loaded)
+
+
+def _read_serve_arguments(argv: Sequence[str]) -> LoadedConfig | None:
+    """One flag per setting. None when `--print-config` was all that was asked for."""
+    from serving.config import load_config, settings
+
+    parser = argparse.ArgumentParser(
+        prog="causerie serve",
+        description="Serve one model: the chat page at / and the OpenAI-compatible API at /v1.",
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="TOML file with any of these settings")
+    parser.add_argument("--print-config", action="store_true", default=False, help="show all settings and leave")
+    groups = {"": parser.add_argument_group("settings")}
+    for setting in settings():
+        table = setting.key.rpartition(".")[0]
+        group = groups.setdefault(table, parser.add_argument_group(table) if table not in groups else groups[table])
+        default = "" if setting.default in (None, ()) else f" (default: {setting.shown_default})"
+        if setting.is_switch:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(setting.flag, dest=setting.key, action=action, help=setting.help)
+        else:
+            group.add_argument(setting.flag, dest=setting.key, metavar=setting.metavar, help=setting.help + default)
+    arguments = vars(parser.parse_args(argv))
+    config_file, print_config = arguments.pop("config"), arguments.pop("print_config")
+    loaded = load_config(arguments, os.environ, Path(config_file) if config_file is not None else None)
+    if print_config:
+        print(loaded.describe())
+        return None
+    return loaded

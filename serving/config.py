@@ -174,6 +174,17 @@ class Setting:
     def help(self) -> str:
         return self.about.help
 
+    @property
+    def metavar(self) -> str:
+        return self.field_path[-1].rpartition("_")[2].upper()
+
+    @property
+    def shown_default(self) -> str:
+        """As people write it: a size has a unit."""
+        if self.field_path[-1].endswith("_bytes") and isinstance(self.default, int):
+            return f"{self.default >> 20}MiB"
+        return str(self.default)
+
 
 def settings() -> Iterator[Setting]:
     """All settings, in the order they are documented and printed."""

@@ -7,6 +7,7 @@ It lives on one asyncio event loop and is called from that loop only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -43,6 +44,7 @@ class EngineState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
+    DRAINING = "draining"  # finishes what it has, takes nothing new
     FAILED = "failed"  # several starts in a row failed; still tried again, every 30 s
     CLOSED = "closed"
 
@@ -131,6 +133,7 @@ class EngineClient:
         self._child: EngineChild | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_start: asyncio.Future[None] | None = None
+        self._drained = asyncio.Event()  # set when the last stream ends while draining
 
     async def start(self, directory: Path) -> None:
         """Starts the process and returns when it answers. CheckpointError: the model cannot be served."""
@@ -143,6 +146,20 @@ class EngineClient:
             await self.close()
             self.state = EngineState.FAILED
             raise
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes nothing new and returns when the open requests are done, at the latest after `timeout_s`."""
+        if self.state is not EngineState.READY:
+            return
+        self.state = EngineState.DRAINING
+        self._drained.clear()
+        if self._streams:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
+
+    def abandon(self, message: str) -> None:
+        """Ends every open iterator with EngineStopped, now."""
+        self._fail_streams(message)
 
     async def close(self) -> None:
         """Ends the process. Open iterators raise EngineStopped."""
@@ -211,12 +228,14 @@ class EngineClient:
         if self._streams.get(stream.request_id) is not stream:
             return
         del self._streams[stream.request_id]
+        if not self._streams:
+            self._drained.set()
         if not stream.is_finished and self._child is not None:
             self._cancelled_at.setdefault(stream.request_id, self._clock())
             self._child.send(CancelRequest(request_id=stream.request_id))
 
     def _not_ready(self) -> EngineStopped:
-        return EngineStopped(f"the engine is {self.state.value}; try again", retry_after_s=_RESTART_RETRY_AFTER_S)
+        return EngineStopped(f"the engine is {self.state.value}; try again later", retry_after_s=_RESTART_RETRY_AFTER_S)
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, Stepped):
@@ -252,6 +271,8 @@ class EngineClient:
             if stream.is_finished:
                 del self._streams[event.request_id]
                 self._finish_times.append(self._progress_at)
+        if not self._streams:
+            self._drained.set()
         self._receive_stats(report.stats)
         if self._on_step is not None:
             self._on_step(report)
@@ -270,6 +291,7 @@ class EngineClient:
         self._cancelled_at.clear()
         for stream in streams.values():
             stream.fail(EngineStopped(message, retry_after_s=_RESTART_RETRY_AFTER_S))
+        self._drained.set()
 
     async def _supervise(self) -> None:
         """Keeps one process alive. A first start that fails is the caller's error; later ones are tried again."""

@@ -1,0 +1,245 @@
+"""The composition root and the life of a server: listen, start the engine, answer, drain, leave nothing behind.
+
+Started by `causerie serve`. The order is chosen for a quick start: the engine process loads the model while this
+process imports the gateway and the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant.progress import BarProgress, LineProgress, ProgressSink
+from serving.config import LoadedConfig, ServeConfig, is_loopback
+from serving.engine.client import EngineClient
+from serving.engine.wire import EngineSettings
+from serving.gateway.ports import GatewaySettings, Preparation, Readiness, RequestLimits, ServedModel
+from serving.listening import base_url, open_listener
+from serving.log import configure_logging
+from serving.metrics import Metrics
+from serving.preparation_child import find_prepared, prepare_in_child
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+__all__ = ["engine_settings", "gateway_settings", "run_server"]
+
+logger = logging.getLogger(__name__)
+
+# How long answers that the engine has finished may take to reach their clients.
+_LAST_BYTES_S = 1
+_NO_TELEMETRY = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "DO_NOT_TRACK": "1",
+}
+# Imported in a thread while the engine loads; each takes seconds or pulls in what does.
+_SLOW_IMPORTS = ("moderation.policy", "serving.gateway.app", "serving.served_model", "uvicorn", "gradio", "ui.page")
+
+
+def run_server(loaded: LoadedConfig) -> int:
+    """Serves until SIGINT or SIGTERM. Returns the exit code; raises what stops a start, for the command to print."""
+    started = time.monotonic()
+    os.environ.update(_NO_TELEMETRY)
+    config = loaded.config
+    configure_logging(config.log_format, logging.getLevelNamesMapping()[config.log_level.upper()])
+    with open_listener(config.host, config.port) as listener:
+        return asyncio.run(Server(loaded, listener, started).run())
+
+
+class Server:
+    """One server from its first to its last moment."""
+
+    def __init__(self, loaded: LoadedConfig, listener: socket.socket, started: float) -> None:
+        self._loaded = loaded
+        self._config = loaded.config
+        self._listener = listener
+        self._started = started
+        self._url = base_url(self._config.host, listener.getsockname()[1])
+        self._metrics = Metrics()
+        self._engine = EngineClient(
+            engine_settings(self._config),
+            stall_after_s=self._config.stall_after_s,
+            on_freed=self._metrics.observe_freed,
+        )
+        self._readiness = Readiness(engine=self._engine)
+        self._stop = asyncio.Event()
+        self._http: uvicorn.Server | None = None
+
+    async def run(self) -> int:
+        self._stop_on_signals()
+        self._announce_addresses()
+        bringing_up = asyncio.create_task(self._bring_up(), name="bring-up")
+        bringing_up.add_done_callback(self._note_failure)
+        try:
+            serving = asyncio.create_task(self._serve_http(), name="http")
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._engine.drain(self._config.shutdown_grace_s)
+        finally:
+            bringing_up.cancel()
+            await asyncio.gather(bringing_up, return_exceptions=True)
+            await self._engine.close()
+        if self._http is not None:
+            self._http.should_exit = True
+        stopping.cancel()
+        await serving
+        if not bringing_up.cancelled() and (error := bringing_up.exception()) is not None:
+            raise error
+        return 0
+
+    async def _bring_up(self) -> None:
+        """Prepared model, engine, tokenizer: after this, requests are answered."""
+        directory = await self._prepared_directory()
+        model_id, texts = await self._start_engine(directory)
+        assert self._engine.max_context is not None
+        self._readiness.model = texts.served_as(model_id, self._engine.max_context)
+        self._readiness.preparation = None
+        gc.collect()
+        gc.freeze()  # what is loaded stays: later collections need not walk it
+        self._announce_ready(self._readiness.model)
+
+    async def _prepared_directory(self) -> Path:
+        found = await asyncio.to_thread(find_prepared, self._config.model)
+        if found is not None:
+            return found
+        self._readiness.preparation = Preparation(stage="Starting")
+        with contextlib.ExitStack() as stack:
+            shown: ProgressSink = stack.enter_context(BarProgress()) if sys.stderr.isatty() else LineProgress()
+            return await prepare_in_child(self._config.model, _ProgressToPage(self._readiness, shown))
+
+    async def _start_engine(self, directory: Path):  # noqa: ANN202 - the type is imported late
+        def load_texts():  # noqa: ANN202
+            from serving.served_model import load_texts, model_id_of
+
+            return model_id_of(self._config.model), load_texts(directory)
+
+        self._readiness.preparation = Preparation(stage="Loading the model")
+        _, loaded = await asyncio.gather(self._engine.start(directory), asyncio.to_thread(load_texts))
+        return loaded
+
+    async def _serve_http(self) -> None:
+        await asyncio.to_thread(_import_all, _SLOW_IMPORTS)
+        import uvicorn
+
+        class _Http(uvicorn.Server):
+            @contextlib.contextmanager
+            def capture_signals(self):  # noqa: ANN202 - signals are this module's
+                yield
+
+        self._http = _Http(
+            uvicorn.Config(
+                self._build_app(),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=_LAST_BYTES_S,
+            )
+        )
+        self._http.should_exit = self._stop.is_set()
+        await self._http.serve(sockets=[self._listener])
+
+    def _build_app(self) -> FastAPI:
+        from moderation.policy import load_policy
+        from serving.gateway.app import build_app
+        from serving.gateway.ports import Services
+        from ui.app import mount_page
+
+        services = Services(
+            settings=gateway_settings(self._loaded),
+            engine=self._engine,
+            readiness=self._readiness,
+            policy=load_policy(threshold=self._config.moderation.threshold),
+            metrics=self._metrics,
+        )
+        return mount_page(build_app(services), api_base_url=self._url)
+
+    def _stop_on_signals(self) -> None:
+        """The first signal drains; a second one does not wait."""
+
+        def on_signal() -> None:
+            if self._stop.is_set() and self._http is not None:
+                self._http.force_exit = True
+                self._engine.abandon("the server was told to stop at once")
+            self._stop.set()
+
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, on_signal)
+
+    def _note_failure(self, bringing_up: asyncio.Task[None]) -> None:
+        if bringing_up.cancelled() or bringing_up.exception() is None:
+            return
+        self._readiness.failure = str(bringing_up.exception())
+        self._stop.set()
+
+    def _announce_addresses(self) -> None:
+        print(f"chat page  {self._url}/\nAPI        {self._url}/v1", flush=True)
+
+    def _announce_ready(self, model: ServedModel) -> None:
+        seconds = time.monotonic() - self._started
+        print(f"ready after {seconds:.1f} s: {model.model_id}, context {model.max_context:,} tokens", flush=True)
+        logger.info("server_ready model=%s url=%s seconds=%.2f", model.model_id, self._url, seconds)
+
+
+class _ProgressToPage:
+    """Shows progress to whoever started the server and to whoever opens the page."""
+
+    def __init__(self, readiness: Readiness, shown: ProgressSink) -> None:
+        self._readiness = readiness
+        self._shown = shown
+
+    def update(self, stage: str, done: float, total: float) -> None:
+        self._readiness.preparation = Preparation(stage, done, total)
+        self._shown.update(stage, done, total)
+
+
+def engine_settings(config: ServeConfig) -> EngineSettings:
+    return EngineSettings(
+        directory="",  # given to EngineClient.start, once it is known
+        kv_bytes=config.kv_memory_bytes,
+        exact=config.exact,
+        max_running=config.limits.max_running,
+        max_waiting=config.limits.max_waiting,
+        max_step_tokens=config.prefill_chunk_tokens,
+        compute_threads=config.compute_threads,
+        log_format=config.log_format,
+        log_level=logging.getLevelNamesMapping()[config.log_level.upper()],
+    )
+
+
+def gateway_settings(loaded: LoadedConfig) -> GatewaySettings:
+    config, limits = loaded.config, loaded.config.limits
+    own_name = () if is_loopback(config.host) else (config.host,)
+    return GatewaySettings(
+        api_key=loaded.api_key,
+        allowed_hosts=(*config.allowed_hosts, *own_name),
+        allowed_origins=config.allowed_origins,
+        on_flagged=config.moderation.on_flagged,
+        limits=RequestLimits(
+            max_body_bytes=limits.max_body_bytes,
+            max_messages=limits.max_messages,
+            max_choices=limits.max_choices,
+            max_stop=limits.max_stop,
+            max_stop_length=limits.max_stop_length,
+            max_tokens=limits.max_tokens,
+        ),
+        stall_after_s=config.stall_after_s,
+    )
+
+
+def _import_all(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        importlib.import_module(module)
