@@ -131,8 +131,16 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
 
 def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: ProgressSink) -> None:
     from quant.commands import quantize_directory
+    from quant.gptq import GptqOptions
+    from quant.quantize_directory import QuantizeOptions
 
-    quantize_directory(source, target, recipe, progress)
+    options = GptqOptions(
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        symmetric=recipe.symmetric,
+        act_order=recipe.act_order,
+    )
+    quantize_directory(source, target, QuantizeOptions(gptq=options), progress)
 
 
 class _Interruption(BaseException):

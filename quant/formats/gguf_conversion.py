@@ -85,8 +85,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
     """Writes config, weights, tokenizer and chat template of the GGUF file `path` into the existing `directory`.
 
     Matrices that are quantised in the file become float16 (float32 where float16 would overflow), rounding at most
-    2⁻¹² of a value; everything else keeps the type that it has in the file. Raises CheckpointError for what is not
-    supported.
+    2⁻¹¹ of a value; everything else is kept exactly. Raises CheckpointError for what is not supported.
     """
     with GgufFile(path) as file:
         metadata = _Metadata(path, file.metadata)
@@ -196,10 +195,13 @@ def unpermute_rows(values: Tensor, num_heads: int) -> Tensor:
 
 
 def _stored_dtype(tensor: TensorInfo, values: Tensor) -> torch.dtype:
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.type.name)
-    if plain is not None:
-        return plain
-    return torch.float16 if float(values.abs().max()) <= torch.finfo(torch.float16).max else torch.float32
+    if tensor.type.name == "BF16":
+        return torch.bfloat16
+    halves = values.to(torch.float16)
+    if tensor.type.name == "F32":
+        # GGUF widens norms to float32. Most were bfloat16 before, which float16 holds: then one type does for all.
+        return torch.float16 if torch.equal(halves.to(torch.float32), values) else torch.float32
+    return torch.float16 if bool(halves.isfinite().all()) else torch.float32
 
 
 def _tokenizer_json(metadata: _Metadata) -> Json:

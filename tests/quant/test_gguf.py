@@ -186,6 +186,21 @@ def test_quantised_matrices_become_float16_and_norms_stay_exact(tmp_path: Path) 
     assert json.loads((directory / "config.json").read_text())["torch_dtype"] == "float16"
 
 
+def test_widened_norms_are_narrowed_only_where_nothing_is_lost(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "model.gguf", GgmlType.F32)
+    exact, inexact = np.float32(1.0078125).tobytes(), np.float32(1.0000001).tobytes()
+    with GgufFile(path) as file:
+        info = file.tensors["output_norm.weight"]
+    for first, dtype in ((exact, torch.float16), (inexact, torch.float32)):
+        data = bytearray(path.read_bytes())
+        data[info.offset : info.offset + info.num_bytes] = first + exact * (HIDDEN - 1)
+        path.write_bytes(data)
+        convert_gguf(path, tmp_path)
+        norm = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+        assert norm.dtype == dtype
+        assert norm[0].item() == np.frombuffer(first, np.float32)[0]
+
+
 def test_config_describes_the_model_in_hugging_faces_words(tmp_path: Path) -> None:
     config = json.loads((converted(tmp_path, GgmlType.F32) / "config.json").read_text())
     wanted = {
