@@ -91,10 +91,13 @@ class Server:
             bringing_up.cancel()
             await asyncio.gather(bringing_up, return_exceptions=True)
             await self._engine.close()
+        # What is still open are pages that wait for events; uvicorn would report each as an error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         if self._http is not None:
             self._http.should_exit = True
         stopping.cancel()
         await serving
+        logger.info("server_stopped")
         if not bringing_up.cancelled() and (error := bringing_up.exception()) is not None:
             raise error
         return 0

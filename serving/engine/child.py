@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -31,7 +32,8 @@ from serving.engine.wire import (
 
 __all__ = ["EngineChild"]
 
-_UNIX_SOCKET_PATH_LIMIT = 100
+_PREFIX = "causerie-engine-"
+_LONGEST_PARENT = 65  # a Unix socket's name has about 100 bytes
 _LAST_WORDS_S = 0.05
 
 
@@ -135,9 +137,28 @@ class EngineChild:
 
 
 def _private_directory() -> Path:
-    """mkdtemp's 0700 directory; in /tmp when the usual place is too deep for a Unix socket's name."""
-    path = tempfile.mkdtemp(prefix="causerie-")
-    if len(path) > _UNIX_SOCKET_PATH_LIMIT - len("/out"):
-        Path(path).rmdir()
-        path = tempfile.mkdtemp(prefix="causerie-", dir="/tmp")
-    return Path(path)
+    """A 0700 directory named after its owner; in /tmp when the usual place is too deep for a Unix socket's name."""
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _LONGEST_PARENT:
+        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes a directory that only we can enter
+    _remove_leftovers(parent)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """What killed gateways of this user left: two dead sockets each."""
+    for path in parent.glob(f"{_PREFIX}*-*"):
+        owner = path.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdecimal() and path.stat().st_uid == os.getuid() and not _is_alive(int(owner)):
+                shutil.rmtree(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -258,6 +259,49 @@ def ends(pidfd: int, timeout_s: float) -> bool:
         return bool(select.select([pidfd], [], [], timeout_s)[0])
     finally:
         os.close(pidfd)
+
+
+@pytest.fixture
+def short_path() -> Generator[Path]:
+    """pytest's own directories can be too deep for a socket's name."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+async def test_what_a_killed_gateway_left_is_removed_and_what_a_living_one_uses_is_not(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    left, in_use = short_path / f"causerie-engine-{dead.pid}-x", short_path / f"causerie-engine-{os.getppid()}-x"
+    for directory in (left, in_use):
+        directory.mkdir()
+    async with running(EngineClient(settings())):
+        own = [path for path in short_path.iterdir() if path not in (left, in_use)]
+        assert not left.exists()
+        assert in_use.exists()
+        assert [path.stat().st_mode & 0o777 for path in own] == [0o700]
+    assert list(short_path.iterdir()) == [in_use]
+
+
+async def test_draining_finishes_what_is_open_and_takes_nothing_new() -> None:
+    async with running(EngineClient(settings())) as client:
+        stream = client.submit(generate(max_tokens=50))
+        draining = asyncio.create_task(client.drain(PATIENCE_S))
+        await anext(stream)
+        with pytest.raises(EngineStopped, match="draining"):
+            client.submit(generate("late"))
+        await draining
+        assert len(await read(stream)) == 49
+
+
+async def test_draining_does_not_wait_for_ever() -> None:
+    async with running(EngineClient(settings())) as client:
+        stream = client.submit(generate(max_tokens=10**9))
+        await client.drain(0.05)
+    with pytest.raises(EngineStopped):
+        await read(stream)
 
 
 def test_end_of_input_alone_also_ends_an_engine(tmp_path: Path) -> None:
