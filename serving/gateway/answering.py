@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from moderation.policy import Turn, Verdict
 from starlette.requests import Request
 from starlette.responses import Response
 
+from moderation.policy import Turn, Verdict
 from serving.errors import ServiceError, UnknownModel
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.disconnect import unless_client_gone

@@ -125,9 +125,10 @@ def _presented_key(authorization: str) -> bytes | None:
 
 
 def _without_port(host: str) -> str:
-    """`[::1]:8000` and `example.org:80` without their ports; a bare IPv6 address in brackets."""
+    """`[::1]:8000` and `example.org:80` without their ports; a bare IPv6 address in brackets. Broken ones: ""."""
     if host.startswith("["):
-        return host.partition("]")[0] + "]"
+        address, bracket, _ = host.partition("]")
+        return address + "]" if bracket else ""
     if host.count(":") > 1:
         return f"[{host}]"
     return host.partition(":")[0]

@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moderation.policy import Turn
-from moderation.stream_filter import PassThrough
 from starlette.requests import Request
 from starlette.responses import Response
 
+from moderation.policy import Turn
+from moderation.stream_filter import PassThrough
 from serving.errors import InvalidRequest
 from serving.gateway.answering import TurnContext, max_context, refuse, require_model, respond, tokenize
 from serving.gateway.choices import Answer, ChoiceDelta

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moderation.stream_filter import StreamFilter
-
 from serving.engine.requests import TokenEvent, TokenLogprob
 from serving.gateway.generation import Generation
 from serving.gateway.logprobs import LogprobAligner

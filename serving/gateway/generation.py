@@ -61,6 +61,7 @@ class Generation:
         self._events: list[TokenEvent] = []
         self._wake = asyncio.Event()
         self._pumps: list[asyncio.Task[None]] = []
+        self._not_begun: list[EventStream] = []
         self._open_choices = set(range(self.num_choices))
         self._failure: ServiceError | None = None
         self._finish_reasons: set[str] = set()
@@ -85,6 +86,7 @@ class Generation:
                 self.fail(error)
                 self.close()
                 raise
+            self._not_begun.append(stream)
             self._pumps.append(asyncio.create_task(self._pump(stream, index * self._num_choices_per_prompt)))
         self._owner.metrics.prompt_accepted(self._num_prompt_tokens)
 
@@ -137,10 +139,13 @@ class Generation:
             self._finish_reasons.add("disconnect")
         for pump in self._pumps:
             pump.cancel()
+        # A task that is cancelled before it began does not run its `finally`.
+        self._pumps += [asyncio.create_task(stream.aclose()) for stream in self._not_begun]
         self._owner.discard(self)
         self._log_end()
 
     async def _pump(self, stream: EventStream, first_choice: int) -> None:
+        self._not_begun.remove(stream)
         try:
             async for event in stream:
                 self._receive(event, first_choice)

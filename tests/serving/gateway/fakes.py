@@ -238,7 +238,7 @@ def make_model(**changes: object) -> ServedModel:
         "created": 1_700_000_000,
         "defaults": GenerationDefaults(),
     }
-    return ServedModel(**(fields | changes))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    return ServedModel(**(fields | changes))  # pyright: ignore[reportArgumentType]
 
 
 def make_services(
@@ -261,7 +261,7 @@ def make_services(
 
 def client_of(app: FastAPI, **options: object) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=app)
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)  # pyright: ignore[reportArgumentType]
 
 
 def client_for(engine: ScriptedEngine | None = None, *, settings: GatewaySettings | None = None) -> httpx.AsyncClient:
