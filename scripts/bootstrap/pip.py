@@ -6,6 +6,7 @@ Runs the environment's own pip in a child process; knows neither torch nor what 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,8 +54,8 @@ class Pip:
                 check=False,
             )
             if tried.returncode or not report.exists():
-                errors = [line for line in tried.stderr.splitlines() if line.startswith("ERROR")]
-                raise NotResolvedError(errors[-1] if errors else tried.stderr.strip()[-300:])
+                errors = [line for line in tried.stderr.splitlines() if line.startswith("ERROR: ")]
+                raise NotResolvedError(errors[-1].removeprefix("ERROR: ") if errors else tried.stderr.strip()[-300:])
             return read_report(json.loads(report.read_text(encoding="utf-8")))
 
     def install(self, what: str, arguments: Sequence[str]) -> None:
@@ -65,8 +66,9 @@ class Pip:
 
     def _run(self, *arguments: str) -> int:
         """stdout is left to what the caller prints: pip's words all go to stderr."""
+        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # the build backend's, on how we laid out the project
         return subprocess.run(
-            self._command(*arguments), stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
+            self._command(*arguments), env=quiet, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
         ).returncode
 
     def _command(self, *arguments: str) -> list[str]:

@@ -25,7 +25,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_PORT = 8000
 # The model: from the hub as published, or less from the package that carries it 4-bit; kept: source and result.
 MODEL_DOWNLOAD_MB, MODEL_DISK_MB, MODEL_MINUTES = 272, 450, 2.5
-PACKAGES_DOWNLOAD_MB, PACKAGES_DISK_MB = 110, 420
+PACKAGES_DOWNLOAD_MB, PACKAGES_DISK_MB = 110, 340
 HELP = """\
 usage: scripts/serve [--model NAME|DIR|HUB_ID] [--host 127.0.0.1] [--port 8000] [any flag of `causerie serve`]
 
