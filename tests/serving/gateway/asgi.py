@@ -17,7 +17,8 @@ class HangingClient:
 
     app: FastAPI
     messages: list[Message] = field(default_factory=list[Message])
-    has_chunk: asyncio.Event = field(default_factory=asyncio.Event)
+    has_text: asyncio.Event = field(default_factory=asyncio.Event)
+    has_ping: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)
     _body: bytes | None = None
     _task: asyncio.Task[None] | None = None
@@ -71,5 +72,8 @@ class HangingClient:
 
     async def _send(self, message: Message) -> None:
         self.messages.append(message)
-        if b'"content":"' in message.get("body", b"") and b'"content":""' not in message["body"]:
-            self.has_chunk.set()
+        body = message.get("body", b"")
+        if b'"content":"' in body and b'"content":""' not in body:
+            self.has_text.set()
+        if body.startswith(b":"):
+            self.has_ping.set()

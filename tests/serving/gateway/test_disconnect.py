@@ -57,7 +57,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_the_work() ->
     engine = ScriptedEngine(lambda request: [token(request, "Hello")])
     services = make_services(engine)
     client = started(services, stream=True)
-    await client.has_chunk.wait()
+    await client.has_text.wait()
     await client.hang_up()
     (stream,) = engine.streams.values()
     await asyncio.wait_for(stream.is_closed.wait(), 5)
@@ -101,7 +101,7 @@ async def test_a_cancel_call_ends_a_stream_with_stop(id_prefix: str) -> None:
     engine = ScriptedEngine(lambda request: [token(request, "Hello")])
     services = make_services(engine)
     client = started(services, stream=True)
-    await client.has_chunk.wait()
+    await client.has_text.wait()
     request_id = dict(client.messages[0]["headers"])[b"x-request-id"].decode()
     async with client_of(client.app) as other:
         response = await other.post(f"/v1/requests/{id_prefix}{request_id}/cancel")

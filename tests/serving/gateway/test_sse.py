@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
@@ -9,7 +10,19 @@ import pytest
 
 from serving.engine.requests import EngineRequest
 from serving.errors import EngineStopped
-from tests.serving.gateway.fakes import ScriptedEngine, Step, chat_body, client_for, fail, say, token
+from serving.gateway.app import build_app
+from serving.gateway.ports import GatewaySettings
+from tests.serving.gateway.asgi import HangingClient
+from tests.serving.gateway.fakes import (
+    ScriptedEngine,
+    Step,
+    chat_body,
+    client_for,
+    fail,
+    make_services,
+    say,
+    token,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -86,6 +99,19 @@ async def test_golden_bytes_of_a_failure_in_the_middle(ends_by_exception: bool) 
             "data: [DONE]\n\n"
         ).encode()
     )
+
+
+async def test_a_silent_stream_is_kept_open_by_comments() -> None:
+    engine = ScriptedEngine(lambda request: [token(request, "Hel")])
+    client = HangingClient(build_app(make_services(engine, settings=GatewaySettings(ping_interval_s=0.01))))
+    client.post("/v1/chat/completions", chat_body(stream=True))
+    await asyncio.wait_for(client.has_ping.wait(), 5)
+    (running,) = engine.streams.values()
+    running.push(token(running.request, "lo", finish="stop"))
+    await client.end()
+    pings = [message["body"] for message in client.messages[1:] if message["body"].startswith(b":")]
+    assert set(pings) == {b": ping\n\n"}
+    assert client.content.endswith(b"data: [DONE]\n\n")
 
 
 async def test_every_choice_ends_once() -> None:
