@@ -54,13 +54,11 @@ class TurnContext:
     prompt_ids: tuple[int, ...] = ()
 
 
-def require_model(services: Services, asked: str) -> ServedModel:
-    """Raises Unavailable before the model is there, UnknownModel for another name."""
-    model = services.readiness.require_model()
+def check_model_name(model: ServedModel, asked: str) -> None:
+    """Raises UnknownModel for a name that is not the served model's."""
     if asked != model.model_id:
         message = f"the model {asked[:100]!r} does not exist; this server has {model.model_id!r}"
         raise UnknownModel(message, param="model")
-    return model
 
 
 def max_context(services: Services, model: ServedModel) -> int:

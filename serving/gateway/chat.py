@@ -12,7 +12,7 @@ from starlette.responses import Response
 from moderation.policy import Turn
 from moderation.stream_filter import PassThrough
 from serving.errors import InvalidRequest
-from serving.gateway.answering import TurnContext, max_context, refuse, require_model, respond, tokenize
+from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.fields import JsonObject
 from serving.gateway.generation import Generations, Usage
@@ -29,9 +29,9 @@ from serving.model.chat_format import ChatFormatError, ChatMessage
 
 async def create_chat_completion(request: Request, services: Services, generations: Generations) -> Response:
     limits, context = services.settings.limits, context_of(request)
-    services.readiness.require_model()
+    model = services.readiness.require_model()
     asked = parse_chat(decode_body(await request.body()), limits)
-    model = require_model(services, asked.model)
+    check_model_name(model, asked.model)
     shape = ChatShape(f"chatcmpl-{context.request_id}", model, int(time.time()), asked)
     turns = tuple(Turn(message.role, message.content) for message in asked.messages)
 

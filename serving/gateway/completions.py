@@ -13,7 +13,7 @@ from moderation.policy import Turn
 from moderation.stream_filter import PassThrough
 from serving.engine.requests import TokenLogprob
 from serving.errors import InvalidRequest
-from serving.gateway.answering import TurnContext, max_context, refuse, require_model, respond, tokenize
+from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.disconnect import unless_client_gone
 from serving.gateway.error_responses import json_response
@@ -32,9 +32,9 @@ from serving.gateway.sse import ChunkWriter, usage_json
 
 async def create_completion(request: Request, services: Services, generations: Generations) -> Response:
     limits, context = services.settings.limits, context_of(request)
-    services.readiness.require_model()
+    model = services.readiness.require_model()
     asked = parse_completion(decode_body(await request.body()), limits)
-    model = require_model(services, asked.model)
+    check_model_name(model, asked.model)
     prompts = [await read_prompt(model, prompt) for prompt in asked.prompts]
     turns = tuple(Turn("user", prompt.text) for prompt in prompts)
     shape = CompletionShape(f"cmpl-{context.request_id}", model, int(time.time()), asked, prompts)

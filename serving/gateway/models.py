@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from serving.gateway.answering import require_model
+from serving.gateway.answering import check_model_name
 from serving.gateway.error_responses import json_response
 from serving.gateway.fields import JsonObject
 from serving.gateway.ports import ServedModel, Services
@@ -16,7 +16,9 @@ def list_models(services: Services) -> Response:
 
 
 def get_model(services: Services, model_id: str) -> Response:
-    return json_response(_model_json(require_model(services, model_id)))
+    model = services.readiness.require_model()
+    check_model_name(model, model_id)
+    return json_response(_model_json(model))
 
 
 def _model_json(model: ServedModel) -> JsonObject:
