@@ -1,4 +1,4 @@
-"""AutoGPTQ's on-disk layout: writes version 1, reads versions 1 ("gptq") and 2 ("gptq_v2").
+"""AutoGPTQ's tensors: packs version 1, reads versions 1 ("gptq") and 2 ("gptq_v2").
 
 For a linear `p`: `p.qweight` int32 (in / pack, out), `p.qzeros` int32 (groups, out / pack), `p.scales` fp16
 (groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one. Only safetensors are read.
@@ -43,11 +43,11 @@ def is_packed_tensor(name: str) -> bool:
 
 def gptq_settings(directory: Path) -> GptqSettings | None:
     """The directory's GPTQ settings, or None if it is not quantised. CheckpointError for any format not read here."""
-    section = _read_json(directory / "config.json").get("quantization_config")
+    section = read_json(directory / "config.json").get("quantization_config")
     source = "config.json"
     if section is None:
         source = QUANTIZE_CONFIG_FILE
-        section = _read_json(directory / source) or None
+        section = read_json(directory / source) or None
     if section is None:
         return None
     if not isinstance(section, dict):
@@ -86,7 +86,7 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
     settings = gptq_settings(directory)
     if settings is None:
         raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
-    file_of_tensor = _locate_tensors(directory)
+    file_of_tensor = locate_tensors(directory)
     for name in sorted(file_of_tensor):
         if not name.endswith(".qweight"):
             continue
@@ -187,7 +187,7 @@ def _require_trivial_groups(name: str, g_idx: Tensor | None, in_features: int, g
         )
 
 
-def _locate_tensors(directory: Path) -> dict[str, Path]:
+def locate_tensors(directory: Path) -> dict[str, Path]:
     """Which safetensors file of the directory holds each tensor."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -200,7 +200,8 @@ def _locate_tensors(directory: Path) -> dict[str, Path]:
     return file_of_tensor
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file, empty if there is no such file. CheckpointError if it holds anything else."""
     if not path.is_file():
         return {}
     try:

@@ -1,0 +1,39 @@
+"""Reads packed linears a second time, in numpy and from the format's description alone.
+
+Shares no code with `quant.packing` and `quant.formats.autogptq`, so that a mistake there cannot hide itself: what is
+published is what this module understands of the written file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+
+def stored_weight(file: Path, linear: str) -> NDArray[np.float32]:
+    """(out, in) float32: the weight that a version 1 reader makes of the four tensors of `linear`."""
+    with safe_open(file, framework="np") as tensors:
+        qweight, qzeros, scales, g_idx = (
+            tensors.get_tensor(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
+    return weight_from_words(qweight, qzeros, scales, g_idx)
+
+
+def weight_from_words(
+    qweight: NDArray[np.int32], qzeros: NDArray[np.int32], scales: NDArray[np.float16], g_idx: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """qweight (in / pack, out), qzeros (groups, out / pack), scales (groups, out), g_idx (in,) -> (out, in)."""
+    num_inputs, num_outputs = g_idx.shape[0], scales.shape[1]
+    pack = num_inputs // qweight.shape[0]
+    mask = np.uint32(2 ** (32 // pack) - 1)
+    codes = np.empty((num_inputs, num_outputs), np.float32)
+    zeros = np.empty((scales.shape[0], num_outputs), np.float32)
+    for position in range(pack):
+        shift = np.uint32(32 // pack * position)
+        codes[position::pack] = (qweight.view(np.uint32) >> shift) & mask
+        zeros[:, position::pack] = ((qzeros.view(np.uint32) >> shift) & mask) + 1
+    weight = (codes - zeros[g_idx]) * scales.astype(np.float32)[g_idx]
+    return np.ascontiguousarray(weight.T)

@@ -1,0 +1,97 @@
+"""Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
+
+Tokenizer, chat template and generation settings are copied; `config.json` gains `quantization_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.errors import CheckpointError
+from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, pack_linear, read_json
+from quant.gptq import GptqOptions
+from quant.matrix import QuantizedMatrix
+
+WEIGHTS_FILE = "model.safetensors"
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+def write_checkpoint(
+    source: Path, target: Path, matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+) -> None:
+    """Fill the existing directory `target`. `matrices` by linear, such as `model.layers.0.mlp.down_proj`.
+
+    Raises CheckpointError if the source has no weight for a matrix.
+    """
+    config = read_json(source / "config.json")
+    settings = quantization_config(matrices, options, group_size)
+    save_file(_all_tensors(source, matrices), target / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write_json(target / "config.json", {**config, "quantization_config": settings})
+    _write_json(target / QUANTIZE_CONFIG_FILE, settings)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def quantization_config(
+    matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+) -> dict[str, object]:
+    """Every field that other engines look at. `dynamic` names the linears whose bits differ from the rest."""
+    settings: dict[str, object] = {
+        "quant_method": "gptq",
+        "checkpoint_format": FORMAT_V1,
+        "bits": options.bits,
+        "group_size": group_size,
+        "sym": options.symmetric,
+        # Act-order here keeps its groups in natural order, so the file is an ordinary one without reordering.
+        "desc_act": False,
+        "static_groups": options.act_order,
+        "damp_percent": options.damp,
+        "true_sequential": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["causerie"]},
+    }
+    other = {name: matrix.bits for name, matrix in matrices.items() if matrix.bits != options.bits}
+    if other:
+        settings["dynamic"] = {f"+:{re.escape(name)}$": {"bits": bits} for name, bits in other.items()}
+    return settings
+
+
+def _all_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Tensor]:
+    file_of_tensor = locate_tensors(source)
+    missing = [name for name in matrices if f"{name}.weight" not in file_of_tensor]
+    if missing:
+        raise CheckpointError(f"{source} has no weight for {missing[0]}")
+    tensors: dict[str, Tensor] = {}
+    for name, path in file_of_tensor.items():
+        if name.removesuffix(".weight") not in matrices:
+            with safe_open(path, framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
+    for name, matrix in matrices.items():
+        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
+    return tensors
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
