@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
         yield from (Import(module, name, node.lineno, id(node) in inside) for name in names)
 
 
+@cache
 def all_imports() -> list[Import]:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     return [found for path in files for found in imports_of(path.read_text(encoding="utf-8"), module_name(path))]
