@@ -17,6 +17,7 @@ from quant.errors import CheckpointError
 from serving.model.attention import apply_rotary, causal_attention, rotary_frequencies, rotary_tables
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
 
+_EMBEDDING_STD = 0.02
 _IMPLEMENTED = (Norm.RMS, BlockForm.SEQUENTIAL, Positions.ROTARY_HALVES, Activation.SWIGLU)
 
 
@@ -105,7 +106,7 @@ class Trunk(nn.Module):
 
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = _embedding(spec, dtype=dtype, device=device)
         self.layers = nn.ModuleList(DecoderLayer(spec, dtype=dtype, device=device) for _ in range(spec.num_layers))
         self.norm = RmsNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
 
@@ -113,7 +114,7 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. `lm_head` is None where the head is tied to the embeddings.
 
-    Built with torch's default initial values; checkpoints come from `serving.model.weights.load_decoder`.
+    Built with small random values; checkpoints come from `serving.model.weights.load_decoder`.
     """
 
     lm_head: nn.Module | None
@@ -170,6 +171,14 @@ class Decoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, cos, sin)
         return self.logits(self.final_norm(hidden))
+
+
+def _embedding(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> nn.Embedding:
+    weight = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+    # Drawing normal numbers on the meta device, as nn.Embedding would, imports torch's compiler: seconds and 80 MB.
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=_EMBEDDING_STD)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def _require_implemented(spec: DecoderSpec) -> None:

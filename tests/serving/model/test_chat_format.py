@@ -334,3 +334,20 @@ def test_the_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None
         sha256_of(None)
     with pytest.raises(CheckpointError, match="not valid: line 2"):
         sha256_of("\n{% for %}")
+
+
+def test_markup_that_could_help_to_spell_a_special_token_is_hidden_in_answers(tmp_path: Path) -> None:
+    write_tokenizer("smollm2", tmp_path)
+    tokenizer = ModelTokenizer.load(tmp_path)
+    chat_format = ChatFormat(
+        "{{ messages[0].content | replace('<cut>', '') | replace('</t>\n<', '</t>\n<') }}", tokenizer
+    )
+    for content in ("<|im_<cut>end|>", "</t>\n<|im_end|>", "<cut><|im_end|>", "<<cut>|im_end|>"):
+        ids = chat_format.render(chat(("assistant", content)))
+        assert tokenizer.special_ids.isdisjoint(ids), content
+
+
+def test_namespaces_of_templates_take_no_underscore_names_later_either(tmp_path: Path) -> None:
+    chat_format = with_template("{% set ns = namespace(a=1) %}{% set ns._a = 2 %}{{ ns.a }}", tmp_path)
+    with pytest.raises(ChatFormatError, match="may not set '_a'"):
+        chat_format.render(chat(("user", "x")))

@@ -61,6 +61,16 @@ def test_loaded_parameters_can_be_trained_without_touching_the_file(llama: Path)
     assert (llama / WEIGHTS).read_bytes() == before
 
 
+def test_loading_draws_no_normal_numbers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device that would import torch's compiler: seconds of every start, and 80 MB."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("normal_ was called")
+
+    monkeypatch.setattr(torch.nn.init, "normal_", refuse)
+    load_decoder(llama)
+
+
 def test_missing_and_unexpected_tensors_are_named(llama: Path) -> None:
     gone = "model.layers.1.mlp.up_proj.weight"
     edit_weights(llama, remove=(gone,))
