@@ -27,6 +27,7 @@ from serving.gateway.ports import GatewaySettings, Preparation, Readiness, Reque
 from serving.listening import base_url, open_listener
 from serving.log import configure_logging
 from serving.metrics import Metrics
+from serving.models import resolve
 from serving.preparation_child import find_prepared, prepare_in_child
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run_server(loaded: LoadedConfig) -> int:
     started = time.monotonic()
     os.environ.update(_NO_TELEMETRY)
     config = loaded.config
+    resolve(config.model)  # a mistyped name is known at once
     configure_logging(config.log_format, logging.getLevelNamesMapping()[config.log_level.upper()])
     with open_listener(config.host, config.port) as listener:
         return asyncio.run(Server(loaded, listener, started).run())
