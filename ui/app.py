@@ -6,6 +6,7 @@ composition root and by tests.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,5 +53,13 @@ def mount_page(app: FastAPI, *, api_base_url: str) -> FastAPI:
         theme=page_theme(),
         css=page_css(),
     )
-    page._queue.sleep_when_free = IDLE_POLL_S
+    _quieten(page)
     return app
+
+
+def _quieten(page: gr.Blocks) -> None:
+    """Gradio's queue keeps figures on every event and sums them up after each one; nobody reads them here."""
+    queue = page._queue
+    queue.sleep_when_free = IDLE_POLL_S
+    queue.ANALYTICS_MAX_EVENTS = 1
+    queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize  # Gradio's spelling

@@ -86,9 +86,13 @@ ChatEvent: TypeAlias = TextDelta | Finish
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """`stage`, `done` and `total` describe preparation while `ready` is false; `total` is None when unknown."""
+    """`stage`, `done` and `total` say how far a server is that is not ready; `total` is None when unknown.
+
+    `is_preparing`: there is no model yet, which takes minutes; otherwise it is the engine that starts, in seconds.
+    """
 
     ready: bool
+    is_preparing: bool = False
     stage: str = ""
     done: float = 0.0
     total: float | None = None
@@ -96,7 +100,7 @@ class Readiness:
 
     @property
     def fraction(self) -> float | None:
-        if not self.total or self.total <= 0:
+        if self.total is None or self.total <= 1:  # one step: begun or done, nothing to measure
             return None
         return min(max(self.done / self.total, 0.0), 1.0)
 
@@ -246,7 +250,7 @@ _KIND_OF_CODE: Mapping[str, ProblemKind] = {
 _KIND_OF_STATUS: Mapping[int, ProblemKind] = {
     400: ProblemKind.INVALID,
     401: ProblemKind.KEY,
-    403: ProblemKind.KEY,
+    403: ProblemKind.INVALID,
     404: ProblemKind.UNAVAILABLE,
     413: ProblemKind.TOO_LONG,
     422: ProblemKind.INVALID,
@@ -268,6 +272,7 @@ def _readiness_of(body: Mapping[str, Any]) -> Readiness:
     error = body.get("error")
     return Readiness(
         ready=False,
+        is_preparing=bool(fields) or isinstance(error, str),
         stage=str(fields.get("stage") or body.get("waiting_for") or ""),
         done=_number(fields.get("done")) or 0.0,
         total=_number(fields.get("total")),

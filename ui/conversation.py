@@ -25,7 +25,9 @@ __all__ = [
     "messages_to_send",
 ]
 
-MAX_CONVERSATIONS = 50  # browsers keep about 5 MB for one site
+MAX_CONVERSATIONS = 100
+# All chats go with each request of the page, whose bodies are capped; browsers keep about 5 MB for a site.
+MAX_STORED_BYTES = 1_500_000
 TITLE_LENGTH = 42
 
 
@@ -103,14 +105,15 @@ def messages_to_send(system_prompt: str, turns: Sequence[Turn], prompt: str) -> 
 
 
 def history_to_json(history: History) -> dict[str, object]:
-    return {
-        "version": 1,
-        "current": history.current_id,
-        "conversations": [
-            {"id": conversation.id, "turns": [_turn_to_json(turn) for turn in conversation.turns]}
-            for conversation in history.conversations
-        ],
-    }
+    """The oldest conversations go once there is more than a browser should keep; the newest always stays."""
+    kept: list[dict[str, object]] = []
+    num_bytes = 0
+    for conversation in history.conversations:
+        num_bytes += sum(_stored_bytes(turn) for turn in conversation.turns)
+        if kept and num_bytes > MAX_STORED_BYTES:
+            break
+        kept.append({"id": conversation.id, "turns": [_turn_to_json(turn) for turn in conversation.turns]})
+    return {"version": 1, "current": history.current_id, "conversations": kept}
 
 
 def history_from_json(value: object, *, new_id: str) -> History:
@@ -125,6 +128,10 @@ def history_from_json(value: object, *, new_id: str) -> History:
             conversations.append(Conversation(identifier, turns))
     current = fields.get("current")
     return History(tuple(conversations), current if isinstance(current, str) and current else new_id)
+
+
+def _stored_bytes(turn: Turn) -> int:
+    return len(f"{turn.prompt}{turn.answer}{turn.notice}".encode(errors="replace")) + 100
 
 
 def _turn_to_json(turn: Turn) -> dict[str, object]:

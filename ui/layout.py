@@ -28,10 +28,7 @@ EXAMPLES = (
 )
 
 WELCOME = '<div class="causerie-welcome"><h1>What shall we talk about?</h1></div>'
-HONEST_NOTICE = (
-    '<p class="causerie-honest">A small model answers here and it is often wrong. '
-    "Nothing you type leaves this machine; chats are kept in this browser.</p>"
-)
+HONEST_NOTICE = '<p class="causerie-honest">A small model, often wrong. Nothing leaves this machine.</p>'
 BRAND = '<div class="causerie-brand"><span class="mark">C</span><span>Causerie</span></div>'
 
 
@@ -72,7 +69,7 @@ def build_layout() -> PageParts:
     history_store = gr.BrowserState(None, storage_key=STORAGE_NAME, secret=STORAGE_SCRAMBLE)
     settings_store = gr.BrowserState(None, storage_key=SETTINGS_NAME, secret=STORAGE_SCRAMBLE)
     readiness_timer = gr.Timer(1.0, active=False)
-    with gr.Sidebar(width=288, elem_id="sidebar") as sidebar:
+    with gr.Sidebar(width=288, open=False, elem_id="sidebar") as sidebar:
         gr.HTML(BRAND)
         new_chat = gr.Button("New chat", elem_id="new-chat", variant="secondary")
         chat_list = gr.Radio(

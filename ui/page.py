@@ -31,6 +31,10 @@ from ui.turn import RunningTurns, run_turn
 
 __all__ = ["ChatPage", "build_page"]
 
+# A narrow screen has room for the sidebar or the chat.
+NARROW = "window.innerWidth < 768"
+OPEN_SIDEBAR_IF_WIDE = f"() => ({{ open: !({NARROW}), __type__: 'update' }})"
+
 Updates: TypeAlias = list[Any]  # one entry for each output component, as Gradio takes them
 Stream: TypeAlias = AsyncGenerator[Updates, None]
 
@@ -177,8 +181,8 @@ def _chat_list(history: History) -> gr.Radio:
 def _connection_view(readiness: Readiness | None, model: str) -> Updates:
     """`readiness` None: the server cannot be reached."""
     is_ready = readiness is not None and readiness.ready
-    # Once there was a model, a pause is the engine's: the chat stays, and a turn says what happened.
-    is_preparing = readiness is not None and not readiness.ready and not model
+    # While the engine starts again the chat stays in view; a turn says what happened to it.
+    is_preparing = readiness is not None and not readiness.ready and (readiness.is_preparing or not model)
     return [
         status_pill(model, readiness),
         gr.HTML(progress_panel(readiness) if readiness else "", visible=is_preparing),
@@ -226,6 +230,7 @@ def _wire(page: gr.Blocks, parts: PageParts, chat: ChatPage) -> None:
     settings = parts.settings
     stored = [parts.history_store, *settings.all]
 
+    page.load(None, None, parts.sidebar, js=OPEN_SIDEBAR_IF_WIDE, **quiet)
     page.load(chat.check_connection, None, connection, **quiet)
     page.load(
         chat.load,

@@ -48,6 +48,15 @@ class ScriptedApi:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._gate = asyncio.Semaphore(0)
 
+    def forget(self) -> None:
+        """As new, for the next test. A stream that still waits keeps the old gate, and nobody opens it."""
+        self.answers.clear()
+        self.requests.clear()
+        self.authorizations.clear()
+        self.readiness = None
+        self.hung_up.clear()
+        self._gate = asyncio.Semaphore(0)
+
     def release(self, num_pieces: int = 1) -> None:
         assert self.loop is not None
         for _ in range(num_pieces):
@@ -78,11 +87,12 @@ class ScriptedApi:
         return StreamingResponse(self._stream(answer), media_type="text/event-stream")
 
     async def _stream(self, answer: Answer) -> AsyncGenerator[str, None]:
+        gate = self._gate
         try:
             yield _chunk({"role": "assistant", "content": ""})
             for piece in answer.pieces:
                 if answer.is_gated:
-                    await self._gate.acquire()
+                    await gate.acquire()
                 yield _chunk({"content": piece})
             if answer.error is not None:
                 yield f"data: {json.dumps({'error': answer.error})}\n\n"
