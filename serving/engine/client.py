@@ -36,6 +36,7 @@ __all__ = ["EngineClient", "EngineState", "EventStream"]
 logger = logging.getLogger(__name__)
 
 _RESTART_RETRY_AFTER_S = 5
+_LONGEST_RETRY_AFTER_S = 60
 _MAX_BACKOFF_S = 30.0
 _FAILED_AFTER_STARTS = 5
 
@@ -112,7 +113,6 @@ class EngineClient:
         *,
         stall_after_s: float = 60.0,
         on_freed: Callable[[float], None] | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = EngineState.STARTING
@@ -124,7 +124,6 @@ class EngineClient:
         self._settings = settings
         self._stall_after_s = stall_after_s
         self._on_freed = on_freed
-        self._on_step = on_step
         self._clock = clock
         self._streams: dict[str, EventStream] = {}
         self._cancelled_at: dict[str, float] = {}  # hung up, cache not yet reported free
@@ -181,7 +180,7 @@ class EngineClient:
             raise ValueError(f"request id {request.request_id!r} is in use")
         num_choices = request.num_choices if isinstance(request, GenerateRequest) else 1
         self._check_queue(num_choices)
-        if not self._streams:
+        if self.seconds_since_progress() is None:
             self._progress_at = self._clock()
         stream = EventStream(request.request_id, num_choices, self._close_stream)
         if not child.send(request):
@@ -200,7 +199,7 @@ class EngineClient:
 
     def seconds_since_progress(self) -> float | None:
         """Seconds without a completed step while requests are open; None when nothing is queued."""
-        if not self._streams:
+        if not self._streams and not self._cancelled_at:
             return None
         return self._clock() - self._progress_at
 
@@ -218,10 +217,11 @@ class EngineClient:
 
     def _estimate_place_s(self) -> int:
         """Seconds until one waiting sequence has moved up, from how fast the last ones finished."""
-        if len(self._finish_times) < 2:
+        now = self._clock()
+        recent = [finished_at for finished_at in self._finish_times if now - finished_at < _LONGEST_RETRY_AFTER_S]
+        if not recent:
             return 1
-        span = self._clock() - self._finish_times[0]
-        return max(1, min(60, round(span / (len(self._finish_times) - 1))))
+        return max(1, round((now - recent[0]) / len(recent)))
 
     def _close_stream(self, stream: EventStream) -> None:
         """The reader has left. What the engine still does for it stops at the next step."""
@@ -271,11 +271,11 @@ class EngineClient:
             if stream.is_finished:
                 del self._streams[event.request_id]
                 self._finish_times.append(self._progress_at)
+        self._receive_stats(report.stats)
+        if self._cancelled_at:
+            self._forget_ended(report)
         if not self._streams:
             self._drained.set()
-        self._receive_stats(report.stats)
-        if self._on_step is not None:
-            self._on_step(report)
 
     def _receive_stats(self, stats: EngineStats) -> None:
         self.stats = stats
@@ -283,8 +283,12 @@ class EngineClient:
             cancelled_at = self._cancelled_at.pop(request_id, None)
             if cancelled_at is not None and self._on_freed is not None:
                 self._on_freed(self._clock() - cancelled_at)
-        if self._cancelled_at and not self._streams and stats.num_running == 0 and stats.num_waiting == 0:
-            self._cancelled_at.clear()  # finished by themselves before the cancellation arrived
+
+    def _forget_ended(self, report: StepReport) -> None:
+        """A request that ended by itself before its cancellation arrived is not reported as freed."""
+        for event in report.events:
+            if not isinstance(event, TokenEvent) or event.finish_reason is not None:
+                self._cancelled_at.pop(event.request_id, None)
 
     def _fail_streams(self, message: str) -> None:
         streams, self._streams = self._streams, {}

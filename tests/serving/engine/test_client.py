@@ -188,6 +188,27 @@ async def test_progress_is_measured_from_the_last_step_while_something_is_queued
         await stream.aclose()
 
 
+async def test_a_hang_is_noticed_also_when_everybody_has_hung_up() -> None:
+    now = 1000.0
+    async with running(EngineClient(settings(), clock=lambda: now)) as client:
+        stream = client.submit(generate(first_id=HANG))
+        await anext(stream)
+        await anext(stream)
+        await stream.aclose()
+        now = 1040.0
+        assert client.seconds_since_progress() == 40
+
+
+async def test_a_cancellation_that_comes_too_late_is_forgotten() -> None:
+    freed: list[float] = []
+    async with running(EngineClient(settings(), on_freed=freed.append)) as client:
+        stream = client.submit(generate(max_tokens=1))
+        await stream.aclose()
+        while client.seconds_since_progress() is not None:
+            await asyncio.sleep(0.001)
+        assert len(freed) <= 1
+
+
 async def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
     async with running(EngineClient(settings(max_running=1, max_waiting=1))) as client:
         streams = [client.submit(generate(f"r{i}", max_tokens=10**9)) for i in range(2)]
