@@ -1,0 +1,141 @@
+"""Labelled texts: reading the data directory, the licence rule, and leaving out what a validation or test file holds.
+
+Used by training and evaluation only. The data directory's layout and fields are described in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from moderation.errors import ModerationError
+
+__all__ = ["DataFile", "Licences", "Row", "drop_known", "first_user_turns", "labelled_rows", "read_licences", "row_key"]
+
+Decoded = TypeVar("Decoded")
+
+NOT_TEXT = re.compile(r"[\W_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """label: 1 harmful, 0 harmless."""
+
+    text: str
+    label: int
+    lang: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """What the manifest says of a file that was read; `name` is relative to the data directory."""
+
+    name: str
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Licences:
+    """Sources whose weights may be shipped; a name that ends in * is a prefix."""
+
+    yes: tuple[str, ...]
+
+    def allow(self, source: str, wanted: Literal["yes", "all"]) -> bool:
+        if wanted == "all":
+            return True
+        return any(source.startswith(name[:-1]) if name.endswith("*") else source == name for name in self.yes)
+
+
+class _Labelled(msgspec.Struct):
+    text: str
+    label: int
+    lang: str
+    source: str
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str
+
+
+class _Conversation(msgspec.Struct):
+    source: str
+    lang: str
+    messages: list[_Message] = []
+    prompt: list[_Message] = []
+
+
+class _LicenceFile(msgspec.Struct):
+    yes: list[str]
+
+
+def row_key(text: str) -> str:
+    """Equal for texts that differ only in case, width, spaces and punctuation."""
+    return NOT_TEXT.sub("", unicodedata.normalize("NFKC", text).lower())
+
+
+def drop_known(rows: Sequence[Row], known: Collection[str]) -> tuple[list[Row], int]:
+    """(rows whose key is neither in `known` nor an earlier row's, number left out because their key is in `known`)."""
+    kept: dict[str, Row] = {}
+    num_known = 0
+    for row in rows:
+        key = row_key(row.text)
+        if key in known:
+            num_known += 1
+        else:
+            kept.setdefault(key, row)
+    return list(kept.values()), num_known
+
+
+def read_licences(data: Path) -> Licences:
+    path = data / "licences.json"
+    try:
+        return Licences(tuple(msgspec.json.decode(path.read_bytes(), type=_LicenceFile).yes))
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ModerationError(f"{path} cannot be used ({error}); expected the list of sources under 'yes'") from None
+
+
+def labelled_rows(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """Rows of a file of `moderation/`."""
+    content = _read(data / name)
+    rows = [Row(r.text, r.label, r.lang, r.source) for r in _decode(data / name, content, _Labelled)]
+    return rows, _describe(name, content, len(rows))
+
+
+def first_user_turns(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """First turns of a file of `sft/` or `prompts/`, assumed harmless."""
+    content = _read(data / name)
+    conversations = _decode(data / name, content, _Conversation)
+    rows = [Row((c.messages or c.prompt)[0].content, 0, c.lang, c.source) for c in conversations]
+    return rows, _describe(name, content, len(rows))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        cure = "name the directory with --data or CAUSERIE_DATA"
+        raise ModerationError(f"{path} cannot be read ({error}); {cure}") from None
+
+
+def _decode(path: Path, content: bytes, kind: type[Decoded]) -> Iterator[Decoded]:
+    decoder = msgspec.json.Decoder(kind)
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            yield decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise ModerationError(f"{path} line {number}: {error}") from None
+
+
+def _describe(name: str, content: bytes, rows: int) -> DataFile:
+    return DataFile(name, hashlib.sha256(content).hexdigest(), rows)
