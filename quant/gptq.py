@@ -158,7 +158,7 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     unused = torch.where(diagonal == 0, 1.0, 0.0)
     mean = float((diagonal + unused).mean())
     tried = damp
-    while tried <= MAX_DAMP:
+    while tried <= MAX_DAMP * 1.001:
         damped = hessian + torch.diag(unused + tried * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
@@ -224,16 +224,19 @@ def find_grid(group: Tensor, importance: Tensor, options: GptqOptions) -> Grid:
     return Grid(scale, zero)
 
 
-def storable_scale(scale: Tensor) -> Tensor:
-    """Round to values that fp16 (the checkpoint) and bf16 (the fast product) both hold; zero becomes MIN_SCALE.
+def storable_scale(scale: Tensor, bits: int) -> Tensor:
+    """Round to what fp16 (the checkpoint) holds and, at 4 bits, also bf16 (the fast product); zero becomes MIN_SCALE.
 
-    Raises QuantizationError for scales beyond fp16.
+    At 8 bits bf16 would move the far end of the grid by half a step, and there is no fast product to gain. Raises
+    QuantizationError for scales beyond fp16.
     """
     if float(scale.abs().max()) > MAX_SCALE:
         raise QuantizationError(f"a group needs a scale of {float(scale.abs().max()):g}; fp16 holds {MAX_SCALE:g}")
     magnitude = scale.abs().clamp_min(MIN_SCALE)
     signed = torch.where(scale < 0, -magnitude, magnitude)
-    return signed.to(torch.bfloat16).to(torch.float16).to(torch.float32)
+    if bits == 4:
+        signed = signed.to(torch.bfloat16)
+    return signed.to(torch.float16).to(torch.float32)
 
 
 def _symmetric_grids(group: Tensor, options: GptqOptions) -> list[Grid]:
@@ -242,12 +245,12 @@ def _symmetric_grids(group: Tensor, options: GptqOptions) -> list[Grid]:
     highest, lowest = group.amax(dim=0), group.amin(dim=0)
     zero = torch.full_like(highest, float(middle))
     if not options.range_search:
-        return [Grid(storable_scale(torch.maximum(highest, -lowest) / (middle - 0.5)), zero)]
+        return [Grid(storable_scale(torch.maximum(highest, -lowest) / (middle - 0.5), options.bits), zero)]
     # The end with the larger magnitude lies on code 0, at -middle steps: a negative scale puts positive weights there.
     farthest = torch.where(highest > -lowest, -highest, -lowest) / middle
     widest = torch.maximum(highest, -lowest) / (middle - 1)
-    grids = [Grid(storable_scale(farthest * shrinkage), zero) for shrinkage in RANGE_SHRINKAGES]
-    grids.append(Grid(storable_scale(widest), zero))
+    grids = [Grid(storable_scale(farthest * shrinkage, options.bits), zero) for shrinkage in RANGE_SHRINKAGES]
+    grids.append(Grid(storable_scale(widest, options.bits), zero))
     return grids
 
 
@@ -263,7 +266,7 @@ def _asymmetric_grids(group: Tensor, options: GptqOptions) -> list[Grid]:
         zero = torch.round(down / steps).clamp_(1, top)
         # Shifting the grid may have taken a level from the positive side: the scale grows until the end rounds inside.
         scale = torch.maximum(steps, up / (top - zero + 0.5))
-        grids.append(Grid(storable_scale(scale), zero))
+        grids.append(Grid(storable_scale(scale, options.bits), zero))
     return grids
 
 
