@@ -39,11 +39,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: (w, columns) int32 -> (w * 32 / bits, columns) uint8."""
-    per_word = codes_per_word(bits)
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
-    # The shift of a negative int32 is arithmetic; the mask removes the copies of the sign bit.
-    codes = (words.unsqueeze(1) >> shifts.view(1, -1, 1)) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).reshape(words.shape[0] * per_word, words.shape[1])
+    return unpack_columns(words.t(), bits).t().contiguous()
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
@@ -52,4 +48,12 @@ def pack_columns(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_columns(words: Tensor, bits: int) -> Tensor:
-    return unpack_rows(words.t(), bits).t().contiguous()
+    """The inverse of `pack_columns`: (rows, w) int32 -> (rows, w * 32 / bits) uint8.
+
+    Works on bytes, not on shifted words: a model's start spends its time here.
+    """
+    per_word = codes_per_word(bits)
+    codes = words.contiguous().view(torch.uint8)  # (rows, w * 4), lowest byte first: little-endian, as torch is built
+    if bits == 4:
+        codes = torch.stack([codes & 0xF, codes >> 4], dim=-1)
+    return codes.reshape(words.shape[0], words.shape[1] * per_word)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.matrix import QuantizedMatrix
-from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns, unpack_rows
+from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
 FORMAT_V1 = "gptq"
 FORMAT_V2 = "gptq_v2"
@@ -87,17 +88,19 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
     if settings is None:
         raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
     file_of_tensor = locate_tensors(directory)
-    for name in sorted(file_of_tensor):
-        if not name.endswith(".qweight"):
-            continue
-        linear = name.removesuffix(".qweight")
-        tensors: dict[str, Tensor] = {}
-        for suffix in PACKED_SUFFIXES:
-            path = file_of_tensor.get(linear + suffix)
-            if path is not None:
-                with safe_open(path, framework="pt") as file:
-                    tensors[suffix.removeprefix(".")] = file.get_tensor(linear + suffix)
-        yield linear, unpack_linear(linear, tensors, settings)
+    with ExitStack() as stack:
+        # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
+        file_at = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(file_of_tensor.values())}
+        for name in sorted(file_of_tensor):
+            if not name.endswith(".qweight"):
+                continue
+            linear = name.removesuffix(".qweight")
+            stored = {suffix: linear + suffix for suffix in PACKED_SUFFIXES if linear + suffix in file_of_tensor}
+            tensors: dict[str, Tensor] = {
+                suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
+                for suffix, full in stored.items()
+            }
+            yield linear, unpack_linear(linear, tensors, settings)
 
 
 def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:
@@ -132,7 +135,7 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
     g_idx = tensors.get("g_idx")
     bits = settings.bits if g_idx is None else _bits_from_shape(name, qweight, g_idx)
-    codes = unpack_rows(qweight, bits).t().contiguous()
+    codes = unpack_columns(qweight.t(), bits)
     out_features, in_features = codes.shape
     groups = scales.shape[0]
     if in_features % groups or scales.shape[1] != out_features:
