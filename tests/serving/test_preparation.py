@@ -344,3 +344,20 @@ def test_child_reports_an_error_as_one_json_line(tmp_path: Path) -> None:
 @pytest.mark.system
 def test_child_without_a_model_is_misuse(tmp_path: Path) -> None:
     assert run_child([], environment(tmp_path, "http://127.0.0.1:9")).returncode == 2
+
+
+@pytest.mark.system
+def test_child_fetches_quantises_and_is_ready_without_the_hub_the_next_time(tiny_model: Path, tmp_path: Path) -> None:
+    hub = FakeHub(MODEL_ID, model_files(tiny_model))
+    with serve_hub(hub):
+        first = run_child([MODEL_ID], environment(tmp_path, hub.endpoint))
+    lines = [json.loads(line) for line in first.stdout.splitlines()]
+    assert "ready" in lines[-1], lines[-1]
+    directory = Path(lines[-1]["ready"])
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert (manifest.stage, manifest.parents[0].name) == ("quantize", "somebody-tiny-llama")
+    assert {data.name for data in manifest.data} == {"calibration.jsonl", "held_out.jsonl"}
+    assert manifest.chat_format_sha256 is not None
+    second = run_child([MODEL_ID], environment(tmp_path, hub.endpoint))  # the hub is gone
+    assert second.stdout.splitlines() == [json.dumps({"ready": str(directory)})]
