@@ -9,9 +9,12 @@ from torch import Tensor
 from quant.errors import QuantizationError
 from quant.gptq import (
     GptqOptions,
+    Grid,
     HessianSum,
     choose_group_size,
+    find_grid,
     inverse_cholesky,
+    nearest_codes,
     output_error,
     quantize_matrix,
     round_to_nearest,
@@ -79,16 +82,17 @@ def test_reported_error_is_that_of_real_outputs(options: GptqOptions) -> None:
 
 def plain_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions, damp: float) -> Tensor:
     """One column at a time over the whole matrix, as the paper states it: the twin of the blocked version."""
-    from quant.gptq import find_grid, nearest_codes
-
     assert options.group_size is not None
     columns = weight.t().clone()
     root = inverse_cholesky(hessian, damp)[0]
     reached = torch.empty_like(columns)
+    grids: list[Grid] = []
     for column in range(columns.shape[0]):
-        if column % options.group_size == 0:
-            group = slice(column, column + options.group_size)
-            grid = find_grid(columns[group], hessian.diagonal()[group], options)
+        first = column // options.group_size * options.group_size
+        group = slice(first, first + options.group_size)
+        if column == first:
+            grids.append(find_grid(columns[group], hessian.diagonal()[group], options))
+        grid = grids[-1]
         reached[column] = (nearest_codes(columns[column], grid, options.bits) - grid.zero) * grid.scale
         error = (columns[column] - reached[column]) / root[column, column]
         columns[column:] -= torch.outer(root[column, column:], error)

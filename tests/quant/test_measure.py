@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.measure import AgreementSum, PlainPath, compare, log_softmax_in_place
+from quant.progress import SilentProgress
+from tests.quant.tiny_models import tiny_decoder, tiny_ids
+
+pytestmark = pytest.mark.unit
+
+
+def test_plain_path_is_the_models_own_forward() -> None:
+    decoder, windows = tiny_decoder(), tiny_ids(3, 16)
+    path = PlainPath(decoder, windows, SilentProgress(), "measure")
+    expected = decoder(windows)
+    for window in range(3):
+        assert torch.allclose(path.logits(window), expected[window], atol=1e-5)
+
+
+def test_plain_path_computes_in_float32_whatever_is_stored() -> None:
+    decoder, windows = tiny_decoder().to(torch.float16), tiny_ids(2, 16)
+    path = PlainPath(decoder, windows, SilentProgress(), "measure")
+    assert torch.allclose(path.logits(1), decoder.to(torch.float32)(windows)[1], atol=1e-5)
+
+
+def test_perplexity_is_that_of_predicting_each_next_token() -> None:
+    windows = torch.tensor([[0, 1, 1]])
+    # The first two positions give token 1 the probabilities 1/2 and 1/8; the last one predicts nothing in the window.
+    probabilities = torch.tensor([[0.5, 0.5], [0.875, 0.125], [0.999, 0.001]])
+    perplexity, _ = compare(windows, lambda _: probabilities.log(), [], SilentProgress(), "compare")
+    assert perplexity == pytest.approx(4.0)
+
+
+def test_agreement_worked_out_by_hand() -> None:
+    source = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    other = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
+    total = AgreementSum()
+    total.add(torch.tensor([0, 1]), source.log(), other.log())
+    agreement = total.result()
+    assert agreement.perplexity == pytest.approx(4.0)
+    assert agreement.top1_agreement == 0.5
+    first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
+    assert agreement.mean_kl == pytest.approx((first + second) / 2)
+
+
+def test_a_model_agrees_wholly_with_itself() -> None:
+    decoder, windows = tiny_decoder(), tiny_ids(2, 16)
+
+    def logits(window: int) -> Tensor:
+        return decoder(windows[window][None])[0].detach()
+
+    perplexity, (agreement,) = compare(windows, logits, [logits], SilentProgress(), "compare")
+    assert agreement.perplexity == pytest.approx(perplexity)
+    assert agreement.top1_agreement == 1.0
+    assert agreement.mean_kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_log_softmax_in_place_equals_torchs() -> None:
+    logits = torch.randn((4, 50), generator=torch.Generator().manual_seed(0)) * 30
+    expected = torch.log_softmax(logits, dim=-1)
+    assert torch.allclose(log_softmax_in_place(logits), expected, atol=1e-5)
