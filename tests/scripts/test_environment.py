@@ -133,7 +133,7 @@ def test_package_without_all_its_files_is_forgotten_and_whole_ones_stay(tmp_path
 
 
 def test_second_of_two_starts_waits_and_says_so(environment: Environment) -> None:
-    class WouldWait(Exception):  # noqa: N818
+    class WouldWait(Exception):
         pass
 
     def stop(line: str) -> None:
