@@ -35,7 +35,7 @@ class ProblemKind(StrEnum):
     BROKEN = "broken"  # anything else
 
 
-class ApiProblem(Exception):  # noqa: N818 (a refusal is an answer, not an error)
+class ApiProblem(Exception):
     """The API said no, or said nothing. `message` is the server's own sentence where there was one."""
 
     def __init__(self, kind: ProblemKind, message: str, *, retry_after_s: int | None = None) -> None:

@@ -76,7 +76,7 @@ def set_up_and_serve(environment: Environment, arguments: list[str], variables: 
 
 def become_server(environment: Environment, arguments: Sequence[str]) -> NoReturn:
     """In place of this process: signals, exit status and terminal are the server's own."""
-    os.execv(environment.command("causerie"), ["causerie", "serve", *arguments])
+    os.execv(environment.command("causerie"), ["causerie", "serve", *arguments])  # noqa: S606
 
 
 def read_target(arguments: Sequence[str], variables: Mapping[str, str]) -> Target:
