@@ -46,8 +46,10 @@ class Pip:
             report = Path(folder, "report.json")
             # fast-deps reads a wheel's metadata by range requests where the index does not serve it separately.
             options = ["--dry-run", "--quiet", "--report", str(report), "--use-feature=fast-deps"]
+            if "--index-url" in arguments:  # one that can be done without: no long wait for it
+                options += ["--retries", "1", "--timeout", "15"]
             tried = subprocess.run(
-                self._command("install", *options, "--retries", "1", "--timeout", "15", *arguments),
+                self._command("install", *options, *arguments),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -6,6 +6,7 @@ Stands in for pip and the package index, so that each branch of the set-up runs 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ Source = Literal["usual", "cpu_index", "no_index"]
 Report = list[dict[str, object]]
 
 _PROGRAM = """#!{python} -SE
-import json, sys
+import json, signal, sys
 from pathlib import Path
 home, arguments = Path({home!r}), sys.argv[1:]
 with (home / "calls.jsonl").open("a") as calls:
@@ -30,6 +31,9 @@ elif "--dry-run" in arguments:
     Path(arguments[arguments.index("--report") + 1]).write_text(json.dumps({{"install": answers[source]}}))
 elif any(argument in answers["fails"] for argument in arguments):
     sys.exit("ERROR: the connection was lost")
+elif (home / "hangs").exists():
+    (home / "hangs").write_text("installing")
+    signal.pause()
 """
 
 
@@ -49,6 +53,11 @@ class FakePip:
     def answer(self, answers: dict[Source, Report], fails: tuple[str, ...] = ()) -> None:
         """`answers` by where pip is told to look; a source without one finds nothing. An install of `fails` fails."""
         (self.home / "answers.json").write_text(json.dumps({**answers, "fails": fails}))
+
+    def hang(self) -> Path:
+        """Makes an install wait for ever. Returns a pipe that says when it has begun."""
+        os.mkfifo(self.home / "hangs")
+        return self.home / "hangs"
 
     def installs(self) -> list[list[str]]:
         """What was really installed, options that always come left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -93,6 +94,27 @@ def test_failed_start_says_what_to_do_and_the_next_goes_on(checkout: Path, pip: 
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
     pip.answer({"usual": torch})
+    assert "<serve>" in run(checkout, "--port", "0").stdout
+
+
+@pytest.mark.system
+def test_ctrl_c_while_pip_installs_ends_quietly_and_the_next_start_goes_on(checkout: Path, pip: FakePip) -> None:
+    installing = pip.hang()
+    started = subprocess.Popen(
+        [checkout / "scripts" / "serve", "--port", "0"],
+        cwd=checkout,
+        env={"PATH": os.environ["PATH"], "HOME": str(checkout)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert installing.read_text() == "installing"
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to pip as well
+    _, told = started.communicate(timeout=30)
+    assert started.returncode == 130
+    assert told.endswith("Stopped. Run scripts/serve again: it goes on from here.\n")
+    installing.unlink()
     assert "<serve>" in run(checkout, "--port", "0").stdout
 
 
