@@ -17,6 +17,8 @@ __all__ = ["build_page", "mount_page"]
 
 # How often Gradio looks for new events while nothing happens. Its default wakes the processor 1,000 times a second.
 IDLE_POLL_S = 0.01
+# Each answer that streams is one, and a Stop must always find room. Gradio's default is 40.
+MAX_RUNNING_EVENTS = 1000
 
 
 def build_page(api_base_url: str) -> gr.Blocks:
@@ -33,7 +35,7 @@ def mount_page(app: FastAPI, *, api_base_url: str) -> FastAPI:
     from starlette.middleware import Middleware
 
     from ui.guard import PageGuard
-    from ui.layout import page_css, page_script, page_theme
+    from ui.layout import favicon_path, page_css, page_script, page_theme
 
     page = build_page(api_base_url)
     gr.mount_gradio_app(
@@ -43,6 +45,7 @@ def mount_page(app: FastAPI, *, api_base_url: str) -> FastAPI:
         app_kwargs={"middleware": [Middleware(PageGuard, script=page_script())], "openapi_url": None},
         footer_links=[],
         run_history=False,
+        favicon_path=str(favicon_path()),
         allowed_paths=[],
         show_error=False,
         max_file_size=0,
@@ -53,13 +56,15 @@ def mount_page(app: FastAPI, *, api_base_url: str) -> FastAPI:
         theme=page_theme(),
         css=page_css(),
     )
-    _quieten(page)
+    _tune_queue(page)
     return app
 
 
-def _quieten(page: gr.Blocks) -> None:
+def _tune_queue(page: gr.Blocks) -> None:
     """Gradio's queue keeps figures on every event and sums them up after each one; nobody reads them here."""
     queue = page._queue
     queue.sleep_when_free = IDLE_POLL_S
+    queue.progress_update_sleep_when_free = 1.0  # the page has no progress bars of Gradio's
+    queue.max_thread_count = MAX_RUNNING_EVENTS
     queue.ANALYTICS_MAX_EVENTS = 1
     queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize  # Gradio's spelling

@@ -12,7 +12,9 @@ from typing import Any
 import gradio as gr
 from gradio import themes
 
-__all__ = ["PageParts", "SettingsParts", "build_layout", "page_css", "page_script", "page_theme"]
+__all__ = ["PageParts", "SettingsParts", "build_layout", "favicon_path", "page_css", "page_script", "page_theme"]
+
+ASSETS = Path(__file__).parent / "assets"
 
 # Browser storage needs a name that stays. Gradio wants a secret to scramble it with; it hides nothing from the browser
 # it is kept in, and a random one would make every history unreadable after a restart.
@@ -164,8 +166,12 @@ def page_script() -> str:
     return _asset("page.js")
 
 
+def favicon_path() -> Path:
+    return ASSETS / "favicon.svg"
+
+
 def _asset(name: str) -> str:
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def page_theme() -> themes.Base:

@@ -1,7 +1,7 @@
 """What the chat page does: one method for each thing a user can do, and the wiring to the components.
 
 A callback reads what the browser keeps (chats, settings), speaks to the API through `ui.client` with the visitor's own
-credentials, and returns what to show. The server keeps nothing of a conversation between two callbacks.
+credentials, and returns what to show. It keeps nothing of a conversation between two callbacks.
 """
 
 from __future__ import annotations

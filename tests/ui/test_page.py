@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.ui.conftest import WAIT_MS, Site, Watcher
-from tests.ui.scripted_api import WAIT_S, ScriptedApi
+from serving.gateway.auth import AccessMiddleware, HostCheck, KeyCheck, OriginCheck
+from tests.ui.browser import WAIT_MS, Watcher
+from tests.ui.conftest import Site
+from tests.ui.scripted_api import WAIT_S, ScriptedApi, ServerThread, free_port
+from ui.app import mount_page
 
 pytestmark = pytest.mark.system
 
@@ -51,7 +54,7 @@ def answers(page: Page) -> Any:
 
 
 def stop_button(page: Page) -> Any:
-    return page.locator("#composer button.stop-button")
+    return page.get_by_role("button", name="Stop", exact=True)
 
 
 def retry(page: Page) -> None:
@@ -59,7 +62,7 @@ def retry(page: Page) -> None:
 
 
 def expect_idle(page: Page) -> None:
-    expect(page.locator("#composer button.submit-button")).to_be_visible()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def sent(api: ScriptedApi, index: int) -> list[tuple[str, str]]:
@@ -98,6 +101,7 @@ def test_stop_hangs_up_and_keeps_what_was_said(page: Page, api: ScriptedApi) -> 
     say(page, "Count")
     api.release(2)
     expect(answers(page)).to_contain_text("one two")
+    expect(stop_button(page)).to_be_visible()
     stop_button(page).click()
     assert api.hung_up.wait(WAIT_S), "the stream to the API was not closed"
     expect(answers(page).locator(".causerie-stats")).to_contain_text("stopped")
@@ -111,6 +115,7 @@ def test_stop_before_the_first_token(page: Page, api: ScriptedApi) -> None:
     api.will_answer("never", is_gated=True)
     say(page, "A long prompt")
     expect(page.locator(".causerie-waiting")).to_be_visible()
+    expect(stop_button(page)).to_be_visible()
     stop_button(page).click()
     assert api.hung_up.wait(WAIT_S)
     expect_idle(page)
@@ -272,6 +277,22 @@ def test_another_chat_is_not_overwritten_by_an_answer_still_running(page: Page, 
     expect(answers(page).locator(".causerie-stats")).to_contain_text("stopped")
 
 
+def test_two_tabs_do_not_lose_each_others_chats(page: Page, api: ScriptedApi, site: Site) -> None:
+    say(page, "First tab")
+    expect(answers(page)).to_contain_text("fine")
+    expect_idle(page)
+    other = page.context.new_page()
+    other.goto(site.url)
+    other.locator("#new-chat").click()
+    expect(prompts(other)).to_have_count(0)
+    say(other, "Second tab")
+    expect(answers(other)).to_contain_text("fine")
+    expect_idle(other)
+    with page.expect_event("load"):
+        page.evaluate("window.dispatchEvent(new Event('focus'))")
+    expect(page.locator("#chat-list label")).to_have_text(["Second tab", "First tab"])
+
+
 def test_settings_are_folded_away_kept_and_sent(page: Page, api: ScriptedApi) -> None:
     expect(page.locator("#system-prompt")).to_be_hidden()
     page.locator("#settings > button").click()
@@ -315,16 +336,26 @@ def test_an_example_is_sent_when_chosen(page: Page, api: ScriptedApi) -> None:
     assert sent(api, 0) == [("user", "Explain photosynthesis to a ten-year-old")]
 
 
-def test_the_visitors_own_key_goes_to_the_api(browser: Browser, site: Site, watcher: Watcher) -> None:
-    authorization = "Basic OnNlY3JldA=="
-    context = browser.new_context(extra_http_headers={"Authorization": authorization})
-    page = context.new_page()
-    watcher.watch(page)
-    page.goto(site.url)
-    say(page, "Hello")
-    expect(answers(page)).to_contain_text("fine")
-    assert site.api.authorizations == [authorization]
-    context.close()
+def test_the_key_that_opens_the_page_goes_to_the_api(browser: Browser) -> None:
+    """Behind the gateway's own checks, where a browser sends the key as a password."""
+    api, port = ScriptedApi(), free_port()
+    checks = [HostCheck([]), OriginCheck([]), KeyCheck("secret")]
+    api.app.add_middleware(AccessMiddleware, checks=checks)
+    url = f"http://127.0.0.1:{port}"
+    mount_page(api.app, api_base_url=url)
+    with ServerThread(api.app, port):
+        stranger = browser.new_context()
+        response = stranger.request.get(url)
+        assert response.status == 401
+        assert response.headers["www-authenticate"].startswith("Basic")
+        stranger.close()
+        context = browser.new_context(http_credentials={"username": "", "password": "secret", "origin": url})
+        page = context.new_page()
+        page.goto(url)
+        say(page, "Hello")
+        expect(answers(page)).to_contain_text("fine")
+        assert api.authorizations == ["Basic OnNlY3JldA=="]
+        context.close()
 
 
 def test_what_is_copied_is_what_was_said(browser: Browser, site: Site, watcher: Watcher) -> None:
