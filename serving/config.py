@@ -35,7 +35,7 @@ CONFIG_VARIABLE = "CAUSERIE_CONFIG"
 # Read elsewhere (by the cache and the start script), so not unknown here.
 _OTHER_VARIABLES = (
     *(API_KEY_VARIABLE, CONFIG_VARIABLE, "CAUSERIE_CACHE"),
-    *("CAUSERIE_TORCH_INDEX", "CAUSERIE_VENV", "CAUSERIE_CHROMIUM"),
+    *("CAUSERIE_TORCH_INDEX", "CAUSERIE_VENV", "CAUSERIE_CHROMIUM", "CAUSERIE_DATA"),
 )
 
 OnFlagged: TypeAlias = Literal["error", "refuse"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving.cli import COMMANDS
-from serving.config import Setting, settings
+from serving.config import Setting, load_config, settings
 from serving.models import DEFAULT_MODEL, NAMED_MODELS, NamedModel
 
 pytestmark = pytest.mark.unit
@@ -52,6 +52,13 @@ def test_every_variable_of_ours_that_is_read_is_documented() -> None:
     sources = [path for folder in ("serving", "moderation", "quant", "ui", "scripts") for path in _python(folder)]
     read = {name for path in sources for name in re.findall(r"\bCAUSERIE_[A-Z_]+[A-Z]\b", path.read_text("utf-8"))}
     assert sorted(name for name in read if f"`{name}`" not in text) == []
+
+
+def test_variables_of_other_programs_do_not_stop_the_server() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(CAUSERIE_\w+)` \|", text, re.MULTILINE)) - {"CAUSERIE_CONFIG"}
+    assert len(documented) >= 6
+    load_config({}, dict.fromkeys(documented, "value"))
 
 
 def _python(folder: str) -> list[Path]:
