@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -148,3 +149,13 @@ def test_licence_is_the_whole_apache_licence() -> None:
 def test_data_and_weights_that_ship_say_their_licence() -> None:
     for card in ("quant/data/README.md", "moderation/weights/README.md"):
         assert "licence" in (ROOT / card).read_text(encoding="utf-8").lower(), card
+
+
+def test_every_source_of_shipped_text_is_in_its_card() -> None:
+    card = (ROOT / "quant" / "data" / "README.md").read_text(encoding="utf-8")
+    lines = [
+        line for path in (ROOT / "quant" / "data").glob("*.jsonl") for line in path.read_text("utf-8").splitlines()
+    ]
+    sources = {json.loads(line)["source"] for line in lines}
+    assert sources
+    assert sorted(source for source in sources if f"`{source}`" not in card) == []
