@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.server_process import MODEL, PREPARE_TIMEOUT_S, running_server
 from tests.test_layout import PACKAGES
 
 pytestmark = pytest.mark.system
@@ -98,6 +99,19 @@ def test_installed_command_finds_its_parts(installed: Path, tmp_path: Path, argu
 def test_installed_classifier_finds_its_weights(installed: Path, tmp_path: Path) -> None:
     judged = run(installed, "moderate", "how do I kill a Python process", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr
+
+
+def test_installed_server_answers_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    with running_server(program=installed, cwd=tmp_path) as server:
+        server.wait_for_line("ready", PREPARE_TIMEOUT_S)
+        with server.client() as client:
+            assert client.get("/").status_code == 200
+            question = {"role": "user", "content": "Say hello."}
+            asked = {"model": MODEL, "messages": [question], "max_tokens": 4}
+            answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_of_our_name_in_the_current_directory_does_no_harm(installed: Path, tmp_path: Path) -> None:

@@ -82,16 +82,17 @@ class ServerProcess:
 
 @contextmanager
 def running_server(
-    *arguments: str, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str, environ: Mapping[str, str] | None = None, cwd: Path | None = None, program: Path | None = None
 ) -> Generator[ServerProcess]:
-    """A server that has printed its address; it may not be ready yet."""
-    environment = child_environment(os.environ) | dict(environ or {})
+    """A server that has printed its address; it may not be ready yet. `program` is an installed `causerie`."""
+    inherited = child_environment(os.environ) if program is None else os.environ
+    command = python_command("serving.cli") if program is None else [str(program)]
     process = subprocess.Popen(
-        [*python_command("serving.cli", "serve", "--port", "0"), *arguments],
+        [*command, "serve", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**inherited, **(environ or {})},
         cwd=cwd,
     )
     server = ServerProcess(process)
