@@ -103,6 +103,18 @@ class NgramClassifier:
     def probabilities(self, texts: Sequence[str]) -> list[float]:
         return [self._calibrate(self.logit(text)) for text in texts]
 
+    @property
+    def config(self) -> NgramConfig:
+        return self._config
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        return self._weights
+
+    def with_config(self, config: NgramConfig) -> NgramClassifier:
+        """The same weights with another calibration or threshold."""
+        return NgramClassifier(config, self._weights)
+
     def logit(self, text: str) -> float:
         """The raw margin before calibration."""
         features = hash_features(text, self._config.features)

@@ -12,13 +12,28 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from moderation.errors import ModerationError
+from moderation.policy import Turn
 
-__all__ = ["DataFile", "Licences", "Row", "drop_known", "first_user_turns", "labelled_rows", "read_licences", "row_key"]
+__all__ = [
+    "DataFile",
+    "Licences",
+    "Row",
+    "answers",
+    "check_list",
+    "conversations",
+    "documents",
+    "drop_known",
+    "first_user_turns",
+    "labelled_rows",
+    "read_licences",
+    "row_key",
+    "user_turns",
+]
 
 Decoded = TypeVar("Decoded")
 
@@ -50,9 +65,7 @@ class Licences:
 
     yes: tuple[str, ...]
 
-    def allow(self, source: str, wanted: Literal["yes", "all"]) -> bool:
-        if wanted == "all":
-            return True
+    def allow(self, source: str) -> bool:
         return any(source.startswith(name[:-1]) if name.endswith("*") else source == name for name in self.yes)
 
 
@@ -70,9 +83,19 @@ class _Message(msgspec.Struct):
 
 class _Conversation(msgspec.Struct):
     source: str
-    lang: str
+    lang: str = "en"
     messages: list[_Message] = []
     prompt: list[_Message] = []
+
+    @property
+    def turns(self) -> list[_Message]:
+        return self.messages or self.prompt
+
+
+class _Document(msgspec.Struct):
+    text: str
+    lang: str
+    source: str
 
 
 class _LicenceFile(msgspec.Struct):
@@ -114,10 +137,49 @@ def labelled_rows(data: Path, name: str) -> tuple[list[Row], DataFile]:
 
 def first_user_turns(data: Path, name: str) -> tuple[list[Row], DataFile]:
     """First turns of a file of `sft/` or `prompts/`, assumed harmless."""
+    conversations, file = _conversations(data, name)
+    return [Row(c.turns[0].content, 0, c.lang, c.source) for c in conversations], file
+
+
+def user_turns(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """Every user turn of a file of conversations, assumed harmless."""
+    conversations, file = _conversations(data, name)
+    return [Row(m.content, 0, c.lang, c.source) for c in conversations for m in c.turns if m.role == "user"], file
+
+
+def answers(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """Last assistant turns of a file of `sft/`, assumed harmless."""
+    conversations, file = _conversations(data, name)
+    return [Row(c.turns[-1].content, 0, c.lang, c.source) for c in conversations], file
+
+
+def conversations(data: Path, name: str) -> list[tuple[str, list[Turn]]]:
+    """(source, turns) of a file of `sft/` or `prompts/`."""
+    records, _ = _conversations(data, name)
+    return [(c.source, [Turn(m.role, m.content) for m in c.turns]) for c in records]
+
+
+def documents(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """Documents of a file of `pretrain/`: books, assumed harmless."""
     content = _read(data / name)
-    conversations = _decode(data / name, content, _Conversation)
-    rows = [Row((c.messages or c.prompt)[0].content, 0, c.lang, c.source) for c in conversations]
+    rows = [Row(d.text, 0, d.lang, d.source) for d in _decode(data / name, content, _Document)]
     return rows, _describe(name, content, len(rows))
+
+
+def check_list(name: str) -> list[Row]:
+    """One of our own lists in `moderation/data/`: sentences that must pass, or that must not."""
+    path = Path(__file__).parent / "data" / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModerationError(f"{path} cannot be read ({error.strerror}); it is part of the source tree") from None
+    return [Row(r.text, r.label, r.lang, r.source) for r in _decode(path, content, _Labelled)]
+
+
+def _conversations(data: Path, name: str) -> tuple[list[_Conversation], DataFile]:
+    content = _read(data / name)
+    records = [record for record in _decode(data / name, content, _Conversation) if record.turns]
+    return records, _describe(name, content, len(records))
 
 
 def _read(path: Path) -> bytes:
