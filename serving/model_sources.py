@@ -283,10 +283,11 @@ def _watched_bytes(directory: Path, stage: str, total: int, progress: ProgressSi
 
 def _bytes_below(directory: Path) -> int:
     total = 0
-    for path in directory.rglob("*"):
-        with contextlib.suppress(OSError):  # files are renamed while we look
-            if path.is_file():
-                total += path.stat().st_size
+    # os.walk passes over folders that vanish while we look; so do we over files.
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(folder) / name).lstat().st_size
     return total
 
 

@@ -127,8 +127,8 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
             if fetch is not fetch_from_hub_cache:
                 logger.warning("%s%s", error, "; trying the next source" if fetch is not fetchers[-1] else "")
     raise CheckpointError(
-        f"{reference.hub_id} could not be fetched: {'; '.join(failures[1:])}; check the network, HF_ENDPOINT and HF_TOKEN, "
-        "or give a directory that holds the model"
+        f"{reference.hub_id} could not be fetched: {'; '.join(failures[1:])}; check the network, "
+        "HF_ENDPOINT and HF_TOKEN, or give a directory that holds the model"
     )
 
 
