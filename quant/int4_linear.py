@@ -87,7 +87,7 @@ class Int4PackKernel:
     """torch's packed 4-bit product. Activations are multiplied in bf16: with fp32 ones the operator is scalar."""
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
-        reason = why_not_int4pack(matrix)
+        reason = why_not_int4pack(matrix) if matrix.bits == 4 else f"it takes 4 bits, not {matrix.bits}"
         if reason is not None:
             raise QuantizationError(f"this matrix cannot take torch's packed 4-bit product: {reason}")
         self.in_features = matrix.in_features
@@ -96,6 +96,10 @@ class Int4PackKernel:
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.codes.to(torch.int32), 1)
         self._scales_and_offsets = int4pack_scales_and_offsets(matrix)
         self._bias = None if bias is None else bias.detach().to(torch.bfloat16)
+
+    def set_offsets(self, offsets: Tensor) -> None:
+        """Replace what is added to every weight of a group. offsets: (out, groups) float32."""
+        self._scales_and_offsets[..., 1] = offsets.t().to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -106,10 +110,41 @@ class Int4PackKernel:
         return product.to(x.dtype)
 
 
+class SplitInt4PackKernel:
+    """An 8-bit matrix as two packed 4-bit products, of the upper and the lower half of every code.
+
+    (16 * upper + lower - zero) * scale = (upper - 8) * 16 * scale + (136 - zero) * scale  +  (lower - 8) * scale.
+    Twice a 4-bit product's work, half a bf16 one's memory. The scale is rounded to bf16: at the far end of the grid a
+    quarter of an 8-bit step.
+    """
+
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
+        upper, lower = split_codes(matrix)
+        self.in_features = matrix.in_features
+        self.out_features = matrix.out_features
+        self._lower = Int4PackKernel(lower, None)
+        self._upper = Int4PackKernel(upper, bias)
+        offsets = (136 - matrix.zeros.to(torch.float32)) * lower.scales.to(torch.bfloat16).to(torch.float32)
+        self._upper.set_offsets(offsets)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._upper(x).add_(self._lower(x))
+
+
+def split_codes(matrix: QuantizedMatrix) -> tuple[QuantizedMatrix, QuantizedMatrix]:
+    """Upper and lower four bits of an 8-bit matrix as 4-bit ones around 8, with 16 times the scale and the scale."""
+    if matrix.bits != 8:
+        raise QuantizationError(f"only 8-bit matrices are split, not {matrix.bits}-bit ones")
+    centre = torch.full_like(matrix.zeros, INT4PACK_CENTRE)
+    upper = QuantizedMatrix(matrix.codes >> 4, matrix.scales * 16, centre, 4, matrix.group_size)
+    lower = QuantizedMatrix(matrix.codes & 15, matrix.scales, centre, 4, matrix.group_size)
+    return upper, lower
+
+
 def why_not_int4pack(matrix: QuantizedMatrix) -> str | None:
-    """None if torch's packed product takes this matrix, else the reason."""
-    if matrix.bits != 4:
-        return f"it takes 4 bits, not {matrix.bits}"
+    """None if torch's packed product takes this matrix (an 8-bit one as two of 4 bits), else the reason."""
+    if matrix.bits not in (4, 8):
+        return f"it takes 4 bits, or 8 as two products, not {matrix.bits}"
     if matrix.group_size not in INT4PACK_GROUP_SIZES:
         return f"it takes group sizes {INT4PACK_GROUP_SIZES}, not {matrix.group_size}"
     if matrix.out_features % INT4PACK_ROW_MULTIPLE:
@@ -158,7 +193,7 @@ def build_kernel(
 ) -> LinearKernel:
     """The kernel `name` for this matrix; the plain one, in `plain_dtype`, where `name` does not take it."""
     if name is KernelName.TORCH_INT4PACK and why_not_int4pack(matrix) is None:
-        return Int4PackKernel(matrix, bias)
+        return Int4PackKernel(matrix, bias) if matrix.bits == 4 else SplitInt4PackKernel(matrix, bias)
     return PlainKernel(matrix, bias, plain_dtype)
 
 

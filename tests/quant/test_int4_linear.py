@@ -136,7 +136,6 @@ def test_reference_module_multiplies_by_the_dequantised_weight() -> None:
 @pytest.mark.parametrize(
     ("matrix", "reason"),
     [
-        (random_matrix(32, 64, 32, bits=8), "4 bits"),
         (random_matrix(32, 96, 96), "group sizes"),
         (random_matrix(24, 64, 32), "multiples of 16"),
     ],
