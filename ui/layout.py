@@ -61,7 +61,6 @@ class PageParts:
     settings: SettingsParts
     pill: gr.HTML
     preparing: gr.HTML
-    chat_column: gr.Column
     chatbot: gr.Chatbot
     prompt_box: gr.Textbox
 
@@ -80,8 +79,8 @@ def build_layout() -> PageParts:
         delete_chat = gr.Button("Delete this chat", elem_id="delete-chat", size="sm", variant="secondary")
         settings = _build_settings()
     pill = gr.HTML("", elem_id="pill")
-    preparing = gr.HTML("", elem_id="preparing", visible=False)
-    with gr.Column(visible=True, elem_id="chat") as chat_column:
+    preparing = gr.HTML("", elem_id="preparing")
+    with gr.Column(elem_id="chat"):
         chatbot = _build_chatbot()
         prompt_box = gr.Textbox(
             placeholder="Write a message",
@@ -108,7 +107,6 @@ def build_layout() -> PageParts:
         settings=settings,
         pill=pill,
         preparing=preparing,
-        chat_column=chat_column,
         chatbot=chatbot,
         prompt_box=prompt_box,
     )

@@ -124,7 +124,7 @@ class ChatPage:
                     else:
                         yield _turn_view(changed, is_running=False)
         finally:
-            self._running.end(session)
+            self._running.end(session, switch)
 
     async def stop(self, request: gr.Request) -> None:
         """Returns when the turn has ended and its last update is on its way to the browser."""
@@ -185,8 +185,7 @@ def _connection_view(readiness: Readiness | None, model: str) -> Updates:
     is_preparing = readiness is not None and not readiness.ready and (readiness.is_preparing or not model)
     return [
         status_pill(model, readiness),
-        gr.HTML(progress_panel(readiness) if readiness else "", visible=is_preparing),
-        gr.Column(visible=not is_preparing),
+        progress_panel(readiness) if readiness and is_preparing else "",
         gr.Timer(active=not is_ready),
     ]
 
@@ -226,25 +225,28 @@ def _wire(page: gr.Blocks, parts: PageParts, chat: ChatPage) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     view = [parts.chatbot, parts.chat_list, parts.history_store]
     turn_view = [*view, parts.prompt_box, parts.readiness_timer]
-    connection = [parts.pill, parts.preparing, parts.chat_column, parts.readiness_timer]
+    connection = [parts.pill, parts.preparing, parts.readiness_timer]
     settings = parts.settings
     stored = [parts.history_store, *settings.all]
 
     page.load(None, None, parts.sidebar, js=OPEN_SIDEBAR_IF_WIDE, **quiet)
-    page.load(chat.check_connection, None, connection, **quiet)
+    # The chat stays hidden until the connection is known, and that is asked after the stored chats are back: what a
+    # user sends first can then not be overwritten by what is loaded late.
     page.load(
         chat.load,
         [parts.history_store, parts.settings_store],
         [*view, *settings.all, settings.temperature, settings.top_p],
         **quiet,
-    )
+    ).then(chat.check_connection, None, connection, **quiet)
     parts.readiness_timer.tick(chat.check_connection, None, connection, **quiet)
     page.unload(chat.leave)
 
-    parts.prompt_box.submit(chat.send, [parts.prompt_box, *stored], turn_view, **quiet)
-    parts.chatbot.example_select(chat.send_example, stored, turn_view, **quiet)
-    parts.chatbot.retry(chat.retry, stored, turn_view, **quiet)
-    parts.chatbot.edit(chat.edit, stored, turn_view, **quiet)
+    # "multiple": Gradio would drop what is sent in the moment between an answer's last word and its event's end.
+    turn: dict[str, Any] = {**quiet, "trigger_mode": "multiple"}
+    parts.prompt_box.submit(chat.send, [parts.prompt_box, *stored], turn_view, **turn)
+    parts.chatbot.example_select(chat.send_example, stored, turn_view, **turn)
+    parts.chatbot.retry(chat.retry, stored, turn_view, **turn)
+    parts.chatbot.edit(chat.edit, stored, turn_view, **turn)
     parts.prompt_box.stop(chat.stop, None, None, **quiet)
 
     # A running turn ends first, with its last update stored; only then is the history read again.

@@ -36,9 +36,14 @@ _WITH_DETAIL = frozenset({ProblemKind.INVALID, ProblemKind.BROKEN, ProblemKind.T
 
 @dataclass(slots=True)
 class StopSwitch:
-    """Set by the Stop button while `run_turn` waits on it."""
+    """Set by the Stop button while `run_turn` waits on it.
+
+    `is_answered` comes before `ended`: the browser may send the next prompt as soon as it sees the end of this one,
+    while what waits for the turn to end must not overtake its last update.
+    """
 
     requested: bool = False
+    is_answered: bool = False
     wakeup: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -54,15 +59,18 @@ class RunningTurns:
         self._switch_of_session: dict[str, StopSwitch] = {}
 
     def is_running(self, session: str) -> bool:
-        return session in self._switch_of_session
+        switch = self._switch_of_session.get(session)
+        return switch is not None and not switch.is_answered
 
     def begin(self, session: str) -> StopSwitch:
-        assert session not in self._switch_of_session
+        assert not self.is_running(session)
         switch = self._switch_of_session[session] = StopSwitch()
         return switch
 
-    def end(self, session: str) -> None:
-        self._switch_of_session.pop(session).ended.set()
+    def end(self, session: str, switch: StopSwitch) -> None:
+        switch.ended.set()
+        if self._switch_of_session.get(session) is switch:
+            del self._switch_of_session[session]
 
     def press_stop(self, session: str) -> None:
         if switch := self._switch_of_session.get(session):
@@ -128,6 +136,7 @@ async def run_turn(
         reader.cancel()
         with suppress(asyncio.CancelledError):
             await reader
+    switch.is_answered = True
     yield _finished(turn, arrivals, stopped=switch.requested and not arrivals.ended)
 
 

@@ -157,9 +157,23 @@ async def test_stopping_a_session_waits_for_its_turn_and_only_its() -> None:
     stopping = asyncio.create_task(running.stop("mine"))
     await mine.wakeup.wait()
     assert not stopping.done()
-    running.end("mine")
+    running.end("mine", mine)
     await stopping
     assert mine.requested
     assert not other.requested
     assert not running.is_running("mine")
     await running.stop("nobody")
+
+
+async def test_the_next_turn_may_begin_once_the_last_word_is_out() -> None:
+    running = RunningTurns()
+    first = running.begin("page")
+    turns = run_turn(Turn("p"), stream(TextDelta("a"), Finish("stop", 1)), first, now=Clock())
+    async for turn in turns:
+        if turn.status is TurnStatus.DONE:
+            assert not running.is_running("page")
+    second = running.begin("page")
+    running.end("page", first)
+    assert running.is_running("page")
+    running.end("page", second)
+    assert not running.is_running("page")
