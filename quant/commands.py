@@ -56,6 +56,7 @@ def quantize(argv: Sequence[str]) -> int:
             act_order=arguments.act_order,
             damp=arguments.damp,
         ),
+        eight_bit=arguments.eight_bit,
         calibration=arguments.calibration,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
@@ -162,6 +163,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must not exist, or be empty")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="bits of a weight (default: 4)")
     parser.add_argument(
+        "--eight-bit",
+        type=_linear_names,
+        default=(),
+        metavar="NAMES",
+        help="linears that get 8 bits all the same, as in q_proj,k_proj,v_proj; ones that share an input go together",
+    )
+    parser.add_argument(
         "--group-size",
         type=_positive_int,
         metavar="N",
@@ -191,6 +199,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="write nothing and exit with 1 if held-out perplexity rises by more",
     )
     return parser.parse_args(argv)
+
+
+def _linear_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is no linear of a layer; these are: {', '.join(known)}")
+    return names
 
 
 def _positive_int(text: str) -> int:

@@ -59,14 +59,22 @@ READ_BACK_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """`calibration` None is the text that comes with the package. `max_perplexity_increase` in percent."""
+    """`calibration` None is the text that comes with the package. `max_perplexity_increase` in percent.
+
+    `eight_bit` names linears that get 8 bits in every layer, such as `down_proj`, whatever the others get.
+    """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    eight_bit: tuple[str, ...] = ()
     calibration: Path | None = None
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
     max_perplexity_increase: float | None = None
+
+    def bits_of(self, linear: str) -> int:
+        """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""
+        return 8 if linear.rpartition(".")[2] in self.eight_bit else self.gptq.bits
 
 
 class ModelAccess(Protocol):
@@ -109,7 +117,7 @@ def quantize_with(
     before = PlainPath(model, text.held_out, progress, "Measuring the source model")
 
     quantize_started = time.monotonic()
-    layers = quantize_layers(model, text.calibration, options.gptq, progress)
+    layers = quantize_layers(model, text.calibration, options.gptq, progress, bits_of_linear=options.bits_of)
     quantize_seconds = time.monotonic() - quantize_started
     matrices = quantized_matrices(model)
 
@@ -122,6 +130,7 @@ def quantize_with(
         report = QuantizationReport(
             source=_name(source),
             bits=options.gptq.bits,
+            eight_bit=options.eight_bit,
             group_size=layers[0].linears[0].group_size,
             symmetric=options.gptq.symmetric,
             act_order=options.gptq.act_order,
@@ -258,6 +267,7 @@ def _manifest(
     config: Mapping[str, JsonValue] = {
         "method": "gptq",
         "bits": gptq.bits,
+        "eight_bit": list(options.eight_bit),
         "group_size": report.group_size,
         "symmetric": gptq.symmetric,
         "act_order": gptq.act_order,

@@ -23,6 +23,7 @@ class QuantizationReport:
 
     source: str
     bits: int
+    eight_bit: tuple[str, ...]  # linears that got 8 bits in every layer
     group_size: int
     symmetric: bool
     act_order: bool
@@ -56,13 +57,14 @@ def write_report(directory: Path, report: QuantizationReport) -> None:
 def as_markdown(report: QuantizationReport) -> str:
     kind = "symmetric" if report.symmetric else "asymmetric"
     order = ", act-order with static groups" if report.act_order else ""
+    eight = f" (8 for {', '.join(report.eight_bit)})" if report.eight_bit else ""
     rows = [("plain (float32, dequantised)", report.plain)]
     if report.served is not None:
         rows.append(("as served", report.served))
     lines = [
         f"# Quantisation of {report.source}",
         "",
-        f"GPTQ, {report.bits} bits, group size {report.group_size}, {kind}{order}; "
+        f"GPTQ, {report.bits} bits{eight}, group size {report.group_size}, {kind}{order}; "
         f"{report.calibration_tokens:,} calibration tokens, {report.held_out_tokens:,} held-out tokens.",
         "",
         "| path | perplexity | change | top-1 agreement | mean KL (nats) |",

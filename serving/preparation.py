@@ -143,7 +143,7 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
         symmetric=recipe.symmetric,
         act_order=recipe.act_order,
     )
-    quantize_directory(source, target, QuantizeOptions(gptq=options), progress)
+    quantize_directory(source, target, QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit), progress)
 
 
 class _Interruption(BaseException):

@@ -180,3 +180,21 @@ def test_own_calibration_text_is_used_and_recorded(tmp_path: Path) -> None:
     assert manifest.data[0].name == "mine.txt"
     with pytest.raises(QuantizationError, match="has 760 tokens; 128 samples of 64 need at least"):
         quantize(source, tmp_path / "other", QuantizeOptions(samples=128, seq_len=64, calibration=text))
+
+
+def test_named_linears_get_eight_bits_and_say_so(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    names = ("q_proj", "k_proj", "v_proj")
+    report = quantize(source, out, replace(OPTIONS, eight_bit=names))
+    bits = {linear.name.rpartition(".")[2]: linear.bits for layer in report.layers for linear in layer.linears}
+    assert {name for name, found in bits.items() if found == 8} == set(names)
+    assert report.largest_logit_difference == 0.0
+    dynamic = json.loads((out / "quantize_config.json").read_text())["dynamic"]
+    assert all(override == {"bits": 8} for override in dynamic.values())
+    assert "(8 for q_proj, k_proj, v_proj)" in (out / "quantization_report.md").read_text()
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.config["eight_bit"] == list(names)
+    matrices = {name: module for name, module in load_decoder(out).named_modules() if hasattr(module, "matrix")}
+    assert matrices["model.layers.0.self_attn.v_proj"].matrix.bits == 8  # type: ignore[union-attr]
+    assert matrices["model.layers.0.mlp.down_proj"].matrix.bits == 4  # type: ignore[union-attr]
