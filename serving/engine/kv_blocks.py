@@ -7,9 +7,11 @@ code that knows the layout, so a native kernel or another device can change it w
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from serving.model.spec import DecoderSpec
@@ -87,7 +89,11 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        self._data = torch.empty(layout.num_layers, num_blocks * BLOCK_SIZE, 2 * layout.width, dtype=layout.dtype)
+        shape = (layout.num_layers, num_blocks * BLOCK_SIZE, 2 * layout.width)
+        # Attention over padded blocks reads slots that nobody has written and multiplies them by 0, which a NaN
+        # survives. numpy's zeros are mapped on first use; torch's would be touched now.
+        zeros = np.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=np.uint8)
+        self._data = torch.from_numpy(zeros).view(layout.dtype).view(shape)
 
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         """slots: (tokens,) int64; keys_values: (tokens, 2 * width), keys first."""

