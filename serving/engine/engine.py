@@ -6,6 +6,8 @@ sockets, clocks or threads: `process.py` serves it, training calls it in-process
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -341,4 +343,12 @@ def load_engine(directory: Path, *, kv_bytes: int, exact: bool, limits: EngineLi
     decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
     model = prepare(decoder, exact=exact)
     del decoder
+    _return_freed_memory()
     return Engine(model, kv_bytes=kv_bytes, tokenizer=tokenizer, limits=limits)
+
+
+def _return_freed_memory() -> None:
+    """Unpacking leaves its temporaries with glibc's allocator, a quarter of the process; elsewhere nothing to do."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
