@@ -1,14 +1,17 @@
 """What of Gradio the network may reach, and what a browser may do with the page.
 
-An ASGI middleware inside Gradio's app: routes that the chat page does not use (uploads, files, the API listing, the
-proxy, component calls ...) do not exist, and the page carries a content security policy under which no script but our
-own runs and nothing is loaded from another host. Keys, hosts and origins are checked by the server it is mounted in.
+An ASGI middleware inside Gradio's app. Routes that the chat page does not use (uploads, files, the API listing, the
+proxy, component calls ...) do not exist; events that name a file or an address for Gradio to read are refused; and the
+page carries a content security policy under which no script but our own runs and nothing is loaded from another host.
+Keys, hosts and origins are checked by the server it is mounted in.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
+from typing import cast
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -61,8 +64,33 @@ class PageGuard:
             await PlainTextResponse("Not found\n", status_code=404)(scope, receive, send)
         elif path == "/":
             await self._send_page(scope, receive, send)
+        elif scope["method"] == "POST":
+            await self._pass_event(scope, receive, send)
         else:
             await self._app(scope, receive, _with_headers(send))
+
+    async def _pass_event(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a JSON body on, unless it holds what Gradio would open or fetch as a file."""
+        body = await _read_body(receive)
+        if body is None:
+            return
+        try:
+            is_harmless = not _names_a_file(json.loads(body))
+        except (ValueError, RecursionError):
+            is_harmless = False
+        if not is_harmless:
+            await PlainTextResponse("The chat page takes no files\n", status_code=400)(scope, receive, send)
+            return
+        is_delivered = False
+
+        async def replay() -> Message:
+            nonlocal is_delivered
+            if is_delivered:
+                return await receive()
+            is_delivered = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, _with_headers(send))
 
     async def _send_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The HTML is held back whole, to put this response's nonce into it."""
@@ -96,6 +124,34 @@ class PageGuard:
         page = page.replace("</head>", f"<script>{self._script}</script></head>", 1)
         # The configuration is JSON with "<" written as an escape, so each "<script" here opens a tag.
         return page.replace("<script", f'<script nonce="{nonce}"')
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """None when the client left. How long a body may be is checked by the server that the page is mounted in."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body.extend(message.get("body", b""))
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _names_a_file(value: object) -> bool:
+    """Gradio takes any object with these two keys, wherever it stands in an input, for a file to read or download."""
+    pending: list[object] = [value]
+    while pending:
+        match pending.pop():
+            case dict() as mapping:
+                if "path" in mapping and "meta" in mapping:
+                    return True
+                pending.extend(cast("dict[str, object]", mapping).values())
+            case list() as items:
+                pending.extend(cast("list[object]", items))
+            case _:
+                pass
+    return False
 
 
 def _with_headers(send: Send) -> Send:

@@ -58,6 +58,7 @@ class PageParts:
     new_chat: gr.Button
     chat_list: gr.Radio
     delete_chat: gr.Button
+    is_delete_confirmed: gr.Checkbox
     settings: SettingsParts
     pill: gr.HTML
     preparing: gr.HTML
@@ -77,6 +78,8 @@ def build_layout() -> PageParts:
             choices=[], show_label=False, container=False, label="Chats", elem_id="chat-list", interactive=True
         )
         delete_chat = gr.Button("Delete this chat", elem_id="delete-chat", size="sm", variant="secondary")
+        # Not seen: the answer to "really delete?", between the question in the browser and the deed.
+        is_delete_confirmed = gr.Checkbox(visible=False)
         settings = _build_settings()
     pill = gr.HTML("", elem_id="pill")
     preparing = gr.HTML("", elem_id="preparing")
@@ -104,6 +107,7 @@ def build_layout() -> PageParts:
         new_chat=new_chat,
         chat_list=chat_list,
         delete_chat=delete_chat,
+        is_delete_confirmed=is_delete_confirmed,
         settings=settings,
         pill=pill,
         preparing=preparing,

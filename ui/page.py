@@ -35,8 +35,13 @@ __all__ = ["ChatPage", "build_page"]
 NARROW = "window.innerWidth < 768"
 OPEN_SIDEBAR_IF_WIDE = f"() => ({{ open: !({NARROW}), __type__: 'update' }})"
 
+ASK_BEFORE_DELETING = "() => window.confirm('Delete this chat? It is kept nowhere else.')"
+
 Updates: TypeAlias = list[Any]  # one entry for each output component, as Gradio takes them
 Stream: TypeAlias = AsyncGenerator[Updates, None]
+
+# For each output of a turn. A callback that yields nothing would empty them, the stored chats among them.
+NO_CHANGE: Updates = [gr.skip()] * 5
 
 
 class ChatPage:
@@ -57,17 +62,26 @@ class ChatPage:
     def open_chat(self, chosen_id: str, stored_history: object) -> Updates:
         return _view(_history(stored_history).opened(chosen_id))
 
-    def delete_chat(self, stored_history: object) -> Updates:
+    async def confirm_delete(self, request: gr.Request, is_confirmed: bool) -> bool:
+        if is_confirmed:
+            await self.stop(request)
+        return is_confirmed
+
+    def delete_chat(self, is_confirmed: bool, stored_history: object) -> Updates:
         history = _history(stored_history)
+        if not is_confirmed:
+            return NO_CHANGE[:3]
         return _view(history.without(history.current_id, next_id=_new_id()))
 
     # Turns: each yields what `_turn_view` shows.
 
     async def send(self, request: gr.Request, prompt: str, stored_history: object, *settings: Any) -> Stream:
         history = _history(stored_history)
-        if prompt.strip():
-            async for updates in self._run(history, len(history.current.turns), prompt, settings, request):
-                yield updates
+        if not prompt.strip():
+            yield NO_CHANGE
+            return
+        async for updates in self._run(history, len(history.current.turns), prompt, settings, request):
+            yield updates
 
     async def send_example(
         self, request: gr.Request, example: gr.SelectData, stored_history: object, *settings: Any
@@ -79,9 +93,11 @@ class ChatPage:
         """The last prompt again, in place of its answer."""
         history = _history(stored_history)
         turns = history.current.turns
-        if turns:
-            async for updates in self._run(history, len(turns) - 1, turns[-1].prompt, settings, request):
-                yield updates
+        if not turns:
+            yield NO_CHANGE
+            return
+        async for updates in self._run(history, len(turns) - 1, turns[-1].prompt, settings, request):
+            yield updates
 
     async def edit(self, request: gr.Request, edited: gr.EditData, stored_history: object, *settings: Any) -> Stream:
         """Another prompt in place of an earlier one; what followed it goes."""
@@ -104,9 +120,11 @@ class ChatPage:
             sampling = settings.sampling()
         except (TypeError, ValueError) as error:
             gr.Warning(str(error))
+            yield NO_CHANGE
             return
         if self._running.is_running(session):
             gr.Info("One answer at a time: stop the current one first.")
+            yield NO_CHANGE
             return
         chat = history.current
         earlier = chat.turns[:turn_index]
@@ -169,7 +187,7 @@ def _turn_view(history: History, *, is_running: bool) -> Updates:
 
 def _growth_view(history: History) -> Updates:
     """In between: only the messages, up to 25 times a second."""
-    return [chatbot_messages(history.current.turns), gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+    return [chatbot_messages(history.current.turns), *NO_CHANGE[1:]]
 
 
 def _chat_list(history: History) -> gr.Radio:
@@ -251,7 +269,10 @@ def _wire(page: gr.Blocks, parts: PageParts, chat: ChatPage) -> None:
 
     # A running turn ends first, with its last update stored; only then is the history read again.
     parts.new_chat.click(chat.stop, None, None, **quiet).then(chat.new_chat, parts.history_store, view, **quiet)
-    parts.delete_chat.click(chat.stop, None, None, **quiet).then(chat.delete_chat, parts.history_store, view, **quiet)
+    confirmed = parts.is_delete_confirmed
+    parts.delete_chat.click(chat.confirm_delete, confirmed, confirmed, js=ASK_BEFORE_DELETING, **quiet).then(
+        chat.delete_chat, [confirmed, parts.history_store], view, **quiet
+    )
     parts.chat_list.input(chat.stop, None, None, **quiet).then(
         chat.open_chat, [parts.chat_list, parts.history_store], view, **quiet
     )

@@ -1,6 +1,6 @@
 """The chat page on a real server with the real model, in a real browser: what a user does in the first five minutes.
 
-With CAUSERIE_SCREENSHOT=FILE.png the picture for the README is written there.
+With PAGE_SCREENSHOT=FILE.png the picture for the README is written there.
 """
 
 from __future__ import annotations
@@ -112,5 +112,5 @@ def test_the_page_as_the_readme_shows_it(page: Page) -> None:
     expect_figures(page, 1)
     expect(answer(page, 1).locator("pre code").first).to_be_visible()
     page.mouse.move(0, 0)
-    if path := os.environ.get("CAUSERIE_SCREENSHOT"):
+    if path := os.environ.get("PAGE_SCREENSHOT"):
         page.screenshot(path=path)

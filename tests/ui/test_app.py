@@ -106,6 +106,20 @@ async def test_a_deep_link_reads_nothing(http: httpx.AsyncClient) -> None:
     assert '"deep_link_state":"none"' in page
 
 
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/x", "/etc/passwd"])
+async def test_an_event_that_names_a_file_is_refused(http: httpx.AsyncClient, path: str) -> None:
+    file = {"path": path, "url": None, "meta": {"_type": "gradio.FileData"}}
+    event = {"data": [{"conversations": [[file]]}], "fn_index": 1, "session_hash": "x"}
+    response = await http.post("/gradio_api/queue/join", json=event)
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000])
+async def test_an_event_that_is_no_json_is_refused(http: httpx.AsyncClient, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert (await http.post("/gradio_api/queue/join", content=body, headers=headers)).status_code == 400
+
+
 async def test_the_api_listing_is_empty(http: httpx.AsyncClient) -> None:
     page = (await http.get("/")).text
     (listing,) = re.findall(r"window\.gradio_api_info = (.*?);</script>", page)

@@ -258,6 +258,10 @@ def test_chats_survive_a_reload_and_can_be_opened_and_deleted(page: Page, api: S
     expect(prompts(page)).to_have_text(["First chat", "More"])
     expect_idle(page)
     assert sent(api, 2) == [("user", "First chat"), ("assistant", "fine"), ("user", "More")]
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.locator("#delete-chat").click()
+    expect(chats).to_have_count(2)
+    page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-chat").click()
     expect(chats).to_have_text(["Second chat"])
     expect(prompts(page)).to_have_count(0)
@@ -328,6 +332,23 @@ def test_enter_sends_and_shift_enter_breaks_the_line(page: Page, api: ScriptedAp
     composer(page).press("Enter")
     expect(answers(page)).to_contain_text("fine")
     assert sent(api, 0) == [("user", "one\ntwo")]
+
+
+def test_a_blank_message_is_not_sent_and_a_bad_setting_loses_nothing(page: Page, api: ScriptedApi) -> None:
+    say(page, "First")
+    expect(answers(page)).to_contain_text("fine")
+    expect_idle(page)
+    say(page, "  ")
+    page.locator("#settings > button").click()
+    page.locator("#seed input, #seed textarea").fill("lucky")
+    say(page, "Hello")
+    expect(page.locator(".toast-body")).to_contain_text("The seed must be a whole number")
+    expect(composer(page)).to_have_value("Hello")
+    page.locator("#seed input, #seed textarea").fill("7")
+    composer(page).press("Enter")
+    expect(answers(page)).to_have_count(2)
+    expect(prompts(page)).to_have_text(["First", "Hello"])
+    assert [request.get("seed") for request in api.requests] == [None, 7]
 
 
 def test_an_example_is_sent_when_chosen(page: Page, api: ScriptedApi) -> None:
