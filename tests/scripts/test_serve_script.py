@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -100,8 +101,12 @@ def test_failed_start_says_what_to_do_and_the_next_goes_on(checkout: Path, pip: 
 @pytest.mark.system
 def test_ctrl_c_while_pip_installs_ends_quietly_and_the_next_start_goes_on(checkout: Path, pip: FakePip) -> None:
     installing = pip.hang()
+    # A shell starts what runs in its background with SIGINT ignored; at a terminal it is not.
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     started = subprocess.Popen(
-        [checkout / "scripts" / "serve", "--port", "0"],
+        [sys.executable, "-c", heeding, checkout / "scripts" / "serve", "--port", "0"],
         cwd=checkout,
         env={"PATH": os.environ["PATH"], "HOME": str(checkout)},
         stdin=subprocess.DEVNULL,
