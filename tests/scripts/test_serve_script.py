@@ -103,7 +103,7 @@ def test_ctrl_c_while_pip_installs_ends_quietly_and_the_next_start_goes_on(check
     installing = pip.hang()
     # A shell starts what runs in its background with SIGINT ignored; at a terminal it is not.
     heeding = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+        "import os, sys; from signal import *; signal(SIGINT, SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     )
     started = subprocess.Popen(
         [sys.executable, "-c", heeding, checkout / "scripts" / "serve", "--port", "0"],
