@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-START_TIMEOUT_S = 600
+START_TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True, slots=True)
