@@ -131,7 +131,7 @@ def commands_of(environment: Environment, check: str, pytest_arguments: Sequence
         return [[ruff, "check", "."], [ruff, "format", "--check", "."]]
     if check == "types":
         return [[pyright, "--pythonpath", python]]
-    return [[python, "-m", "pytest", "-m", check, f"--junitxml={report}", *pytest_arguments]]
+    return [[python, "-m", "pytest", "-m", check, f"--junitxml={report}", "--durations=8", *pytest_arguments]]
 
 
 def read_counts(report: Path) -> Counts:

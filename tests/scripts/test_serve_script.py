@@ -102,10 +102,8 @@ def test_failed_start_says_what_to_do_and_the_next_goes_on(checkout: Path, pip: 
 def test_ctrl_c_while_pip_installs_ends_quietly_and_the_next_start_goes_on(checkout: Path, pip: FakePip) -> None:
     installing = pip.hang()
     # A shell starts what runs in its background with SIGINT ignored; at a terminal it is not.
-    heeding = (
-        "import os, sys; from signal import *; signal(SIGINT, SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    started = subprocess.Popen(
+    heeding = "import os, sys; from signal import *; signal(SIGINT, SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    with subprocess.Popen(
         [sys.executable, "-c", heeding, checkout / "scripts" / "serve", "--port", "0"],
         cwd=checkout,
         env={"PATH": os.environ["PATH"], "HOME": str(checkout)},
@@ -113,10 +111,13 @@ def test_ctrl_c_while_pip_installs_ends_quietly_and_the_next_start_goes_on(check
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert installing.read_text() == "installing"
-    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to pip as well
-    _, told = started.communicate(timeout=30)
+    ) as started:
+        try:
+            assert installing.read_text() == "installing"
+            os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to pip as well
+            _, told = started.communicate(timeout=30)
+        finally:
+            started.kill()
     assert started.returncode == 130
     assert told.endswith("Stopped. Run scripts/serve again: it goes on from here.\n")
     installing.unlink()
