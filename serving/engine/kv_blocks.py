@@ -94,6 +94,10 @@ class KVCache:
         # survives. numpy's zeros are mapped on first use; torch's would be touched now.
         zeros = np.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=np.uint8)
         self._data = torch.from_numpy(zeros).view(layout.dtype).view(shape)
+        # Views by layer, made once: (kv heads, slots, head dim).
+        heads = self._data.unflatten(2, (2, layout.num_kv_heads, layout.head_dim)).permute(0, 2, 3, 1, 4)
+        self._keys = [heads[layer, 0] for layer in range(layout.num_layers)]
+        self._values = [heads[layer, 1] for layer in range(layout.num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         """slots: (tokens,) int64; keys_values: (tokens, 2 * width), keys first."""
@@ -101,9 +105,8 @@ class KVCache:
 
     def read_run(self, layer: int, first_slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of consecutive slots as views, each (kv heads, count, head dim)."""
-        rows = self._data[layer, first_slot : first_slot + count]
-        rows = rows.view(count, 2, self.layout.num_kv_heads, self.layout.head_dim)
-        return rows[:, 0].transpose(0, 1), rows[:, 1].transpose(0, 1)
+        last_slot = first_slot + count
+        return self._keys[layer][:, first_slot:last_slot], self._values[layer][:, first_slot:last_slot]
 
     def read_blocks(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of whole blocks, copied. block_table: (rows, blocks) int64.
