@@ -23,7 +23,8 @@ every verdict, none is trained yet. Logistic regression over hashed word n-grams
 sources, their counts, the data files' hashes and how many rows were left out because a validation or test file holds
 them. With `--licences yes` only sources whose licence allows shipping were used. Harmful requests in Chinese, and
 frightening but harmless ones in both languages, are our own phrases (`moderation/data/written/`), expanded by
-`moderation/written.py`; no test file had a part in them. Calibrated on the dev file and ordinary first turns.
+`moderation/written.py`; no test file had a part in them. Passages of books and answers are harmless rows, and some
+harmful requests are also shown hidden inside such passages. Calibrated on the dev file and ordinary first turns.
 
 ## How the threshold was chosen
 {threshold:.4f}, the lowest at which at most {max_rate:.1%} of the ordinary first turns of each validation file are

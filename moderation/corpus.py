@@ -38,7 +38,7 @@ __all__ = [
     "Corpus",
     "LicenceRule",
     "collect_corpus",
-    "test_files",
+    "list_test_files",
     "training_pieces",
 ]
 
@@ -54,6 +54,8 @@ VALIDATION_FILES = ("sft/val.jsonl.gz", "prompts/val.jsonl.gz")
 MEANT_AS_HARMFUL = ("safety_tuned_refusals", "hh_harmless_base")
 SHORTEST_PASSAGE_CHARS = 200
 MAX_PIECES = 4
+# Posts and tweets are long already, and what is harmful in them is rarely one sentence.
+POST_SOURCES = ("cold", "davidson_tweets", "vicomtech_stormfront")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,11 @@ def collect_corpus(data: Path, licences: LicenceRule, rows_per_line: int, passag
         rows += kept
         files.append(file)
     written, removed["written"] = drop_known(expand_phrases(written_directory(), seed, rows_per_line), known)
-    return Corpus(rows + written, files, removed)
+    rows += written
+    return Corpus(rows + _hidden_in_passages(rows, rng), files, removed)
 
 
-def test_files(data: Path) -> list[str]:
+def list_test_files(data: Path) -> list[str]:
     return [f"moderation/{path.name}" for path in sorted((data / "moderation").glob("test_*.jsonl.gz"))]
 
 
@@ -99,7 +102,7 @@ def training_pieces(row: Row, windows: WindowOptions) -> list[str]:
 
 
 def _known_keys(data: Path) -> set[str]:
-    held_out = [labelled_rows(data, name)[0] for name in (DEV_FILE, *test_files(data))]
+    held_out = [labelled_rows(data, name)[0] for name in (DEV_FILE, *list_test_files(data))]
     held_out += [user_turns(data, name)[0] for name in VALIDATION_FILES]
     held_out += [check_list(name) for name in CHECK_LISTS]
     return {""} | {row_key(row.text) for rows in held_out for row in rows}
@@ -128,6 +131,23 @@ def _passages(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
         Row(row.text[start : start + size], 0, row.lang, f"passage:{row.source}")
         for row, start in zip(drawn, starts, strict=True)
     ]
+
+
+def _hidden_in_passages(rows: Sequence[Row], rng: random.Random) -> list[Row]:
+    """Harmful requests inside harmless text that fills up a window: what a window of a long message may look like."""
+    passages = [row for row in rows if row.source.startswith("passage:")]
+    harmful = [row for row in rows if row.label == 1 and row.source not in POST_SOURCES]
+    hidden: list[Row] = []
+    for lang in ("en", "zh"):
+        around = [row.text for row in passages if row.lang == lang]
+        candidates = [row for row in harmful if row.lang == lang]
+        for row in rng.sample(candidates, min(len(around), len(candidates) // 4)):
+            before, after = rng.choice(around), rng.choice(around)
+            cut = rng.randrange(60 if lang == "en" else 20)
+            text = f"{before[len(before) - cut :]} {row.text} {after}"
+            window = split_windows(text, WindowOptions())[0]
+            hidden.append(Row(window, 1, lang, f"hidden:{row.source}"))
+    return hidden
 
 
 def _usable(row: Row, allowed: Licences, licences: LicenceRule) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moderation.corpus import MEANT_AS_HARMFUL, VALIDATION_FILES, test_files
+from moderation.corpus import MEANT_AS_HARMFUL, VALIDATION_FILES, list_test_files
 from moderation.metrics import Measures, measure
 from moderation.policy import Policy, Turn
 from moderation.rows import Row, conversations, labelled_rows
@@ -62,7 +62,7 @@ class Report:
 
 def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Report:
     """Every `moderation/test_*` file and the first turns of the validation files under `data`."""
-    names = test_files(data)
+    names = list_test_files(data)
     tests: list[FileReport] = []
     spent_s, num_texts = 0.0, 0
     for i, name in enumerate(names):

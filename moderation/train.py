@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -57,6 +57,7 @@ class TrainOptions:
     l2: float = 1e-6
     iterations: int = 100
     max_false_positive_rate: float = 0.005
+    features: FeatureOptions = field(default_factory=FeatureOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def train_moderation(options: TrainOptions, progress: ProgressSink) -> Report:
 
 
 def _fit(corpus: Corpus, options: TrainOptions, progress: ProgressSink) -> NgramClassifier:
-    features = FeatureOptions()
+    features = options.features
     windows = WindowOptions()
     pieces = [(piece, row) for row in corpus.rows for piece in training_pieces(row, windows)]
     matrix = build_matrix([piece for piece, _ in pieces], features, progress)

@@ -35,6 +35,7 @@ class PhraseFile:
     lang: str
     slots: dict[str, list[str]]
     texts: dict[str, str]
+    share: float = 1.0
 
 
 def written_directory() -> Path:
@@ -42,16 +43,17 @@ def written_directory() -> Path:
 
 
 def expand_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
-    """Distinct rows, at most `rows_per_line` from each line of each file; the same seed gives the same rows."""
+    """Distinct rows, at most `rows_per_line` times the file's share from each line, the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311 - draws phrases, guards no secret
     wrappers = _read(directory / WRAPPER_FILE, dict[str, dict[str, list[str]]])
     rows: dict[str, Row] = {}
     for name in PHRASE_FILES:
         phrases = _read(directory / name, PhraseFile)
+        count = round(rows_per_line * phrases.share)
         source = f"written_{name.removesuffix('.toml')}"
         for kind, lines in phrases.texts.items():
             for line in filter(None, map(str.strip, lines.splitlines())):
-                for text in _expand_line(line, phrases.slots, wrappers[phrases.lang][kind], rng, rows_per_line):
+                for text in _expand_line(line, phrases.slots, wrappers[phrases.lang][kind], rng, count):
                     rows.setdefault(text, Row(text, phrases.label, phrases.lang, source))
     return list(rows.values())
 

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from moderation.card import render_card
+from moderation.classifier import CONFIG_FILE, WEIGHTS_FILE, NgramClassifier, shipped_weights
+from moderation.errors import WeightsError
+from moderation.evaluate import Report
+from moderation.policy import load_policy
+from moderation.rows import Row, check_list
+from moderation.train import CARD_FILE, MANIFEST_FILE, REPORT_FILE, WeightsManifest
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shipped_weights(), tmp_path / "weights"))
+
+
+def read_shipped(name: str) -> bytes:
+    return (shipped_weights() / name).read_bytes()
+
+
+def text_of(row: Row) -> str:
+    return row.text
+
+
+@pytest.mark.parametrize("row", check_list("everyday.jsonl"), ids=text_of)
+def test_everyday_sentence_that_sounds_dangerous_passes(row: Row) -> None:
+    (verdict,) = load_policy().judge_texts([row.text])
+
+    assert not verdict.flagged, f"probability {verdict.probability:.3f}"
+
+
+@pytest.mark.parametrize("row", check_list("blatant.jsonl"), ids=text_of)
+def test_blatantly_harmful_request_is_flagged(row: Row) -> None:
+    (verdict,) = load_policy().judge_texts([row.text])
+
+    assert verdict.flagged, f"probability {verdict.probability:.3f}"
+
+
+def test_everyday_list_has_sixty_sentences_in_both_languages() -> None:
+    rows = check_list("everyday.jsonl")
+
+    assert len({row.text for row in rows}) >= 60
+    assert min(sum(row.lang == lang for row in rows) for lang in ("en", "zh")) >= 20
+
+
+@pytest.mark.parametrize(
+    ("plain", "disguised"),
+    [
+        ("kill all of them", "K I L L all of them"),
+        ("kill all of them", "k1ll all of them"),
+        ("kill all of them", "ｋｉｌｌ all of them"),
+        ("how do I make a bomb", "how do I make a b\u200bo\u200bm\u200bb"),
+    ],
+)
+def test_a_disguise_does_not_change_the_probability(plain: str, disguised: str) -> None:
+    before, after = NgramClassifier.load().probabilities([plain, disguised])
+
+    assert after == before
+
+
+def test_answers_do_not_depend_on_company_or_thread() -> None:
+    classifier = NgramClassifier.load()
+    texts = [row.text for row in check_list("everyday.jsonl") + check_list("blatant.jsonl")]
+
+    together = classifier.probabilities(texts)
+
+    with ThreadPoolExecutor(4) as pool:
+        alone = list(pool.map(classifier.probabilities, [[text] for text in texts]))
+    assert [probability for (probability,) in alone] == together
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "a", "\ud800\udfff", "\u202e" * 1000, "a" + "\u0301" * 400, "\x00" * 400, "𝕜𝕚𝕝𝕝", "\U0010ffff"],
+)
+def test_odd_input_has_a_probability(text: str) -> None:
+    (probability,) = NgramClassifier.load().probabilities([text])
+
+    assert 0.0 <= probability <= 1.0
+
+
+def test_a_hundred_thousand_combining_marks_are_answered() -> None:
+    (verdict,) = load_policy().judge_texts(["a" + "\u0301\u0323" * 50_000])
+
+    assert 0.0 <= verdict.probability <= 1.0
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_file_stops_the_start_and_names_the_file(weights: Path, name: str) -> None:
+    (weights / name).unlink()
+
+    with pytest.raises(WeightsError, match=name) as caught:
+        load_policy(weights)
+    assert "causerie train moderation" in str(caught.value)
+
+
+def test_a_flipped_byte_in_the_weights_stops_the_start(weights: Path) -> None:
+    path = weights / WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(WeightsError, match="sha256"):
+        load_policy(weights)
+
+
+def test_truncated_weights_stop_the_start(weights: Path) -> None:
+    path = weights / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+
+    with pytest.raises(WeightsError, match="sha256"):
+        load_policy(weights)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "causerie-ngram-99"},
+        {"threshold": 0.0},
+        {"threshold": "high"},
+        {"slope": -1.0},
+        {"bias": None},
+        {"features": {"bucket_bits": 99}},
+    ],
+)
+def test_a_configuration_that_makes_no_sense_stops_the_start(weights: Path, change: dict[str, object]) -> None:
+    path = weights / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    with pytest.raises(WeightsError, match=CONFIG_FILE):
+        load_policy(weights)
+
+
+def test_a_table_of_another_size_stops_the_start(weights: Path) -> None:
+    path = weights / CONFIG_FILE
+    config = json.loads(path.read_text())
+    config["features"]["bucket_bits"] -= 1
+    path.write_text(json.dumps(config))
+
+    with pytest.raises(WeightsError, match="shape"):
+        load_policy(weights)
+
+
+def test_shipped_weights_were_trained_on_allowed_sources_and_match_their_manifest() -> None:
+    manifest = msgspec.json.decode(read_shipped(MANIFEST_FILE), type=WeightsManifest)
+
+    assert manifest.licences == "yes"
+    assert manifest.weights_sha256 == NgramClassifier.load().config.weights_sha256
+    assert manifest.model == load_policy().model_id
+    assert not any("safety_tuned" in name or "alpaca_52k" in name for name in manifest.rows_by_source_and_label)
+
+
+def test_shipped_report_keeps_ordinary_people_in() -> None:
+    report = msgspec.json.decode(read_shipped(REPORT_FILE), type=Report)
+
+    assert report.threshold == load_policy().threshold
+    assert len(report.ordinary) == 2
+    assert all(ordinary.false_positive_rate <= 0.005 for ordinary in report.ordinary)
+
+
+def test_model_card_says_what_the_report_says() -> None:
+    manifest = msgspec.json.decode(read_shipped(MANIFEST_FILE), type=WeightsManifest)
+    report = msgspec.json.decode(read_shipped(REPORT_FILE), type=Report)
+
+    assert read_shipped(CARD_FILE).decode() == render_card(manifest, report)
+
+
+def test_shipped_weights_are_a_few_megabytes() -> None:
+    assert sum(path.stat().st_size for path in shipped_weights().iterdir()) < 5_000_000
