@@ -47,7 +47,6 @@ class EngineChild:
         self._to_engine = self._bind(zmq.PUSH, inbox_address(directory))
         self._from_engine = self._bind(zmq.PULL, outbox_address(directory))
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._from_engine.fileno(), self.drain)
         self._process: asyncio.subprocess.Process | None = None
         self._ended: asyncio.Task[int] | None = None
 
@@ -69,6 +68,9 @@ class EngineChild:
             child._close_sockets()
             raise
         child._ended = asyncio.create_task(child._process.wait())
+        # Only now: a quick child may have sent already, and the caller must hold it before its messages arrive.
+        child._loop.add_reader(child._from_engine.fileno(), child.drain)
+        child._loop.call_soon(child.drain)
         return child
 
     @property
