@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serving.child_process import child_environment, python_command
+from serving.models import cache_directory, model_folder, resolve
 from tests.system.server_process import (
     MODEL,
     PREPARE_TIMEOUT_S,
@@ -44,6 +45,12 @@ def events(response: httpx.Response) -> Iterator[str]:
     for line in response.iter_lines():
         if line.startswith("data: "):
             yield line.removeprefix("data: ")
+
+
+def cached_files() -> dict[str, int]:
+    """Every file of the prepared model, with its time."""
+    folder = model_folder(cache_directory(os.environ), resolve(MODEL))
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock"}
 
 
 def busyness() -> float:
@@ -130,6 +137,7 @@ def test_a_killed_server_leaves_no_process(server: ServerProcess) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_server_lets_an_answer_end_and_leaves_nothing(server: ServerProcess, signum: int) -> None:
     """It prepares nothing either: the model of the first start is used again."""
+    prepared = cached_files()
     with running_server("--shutdown-grace-s", "30") as own:
         own.wait_for_line("ready", START_TIMEOUT_S)
         engine = psutil.Process(own.engine_pid)
@@ -145,7 +153,8 @@ def test_a_stopped_server_lets_an_answer_end_and_leaves_nothing(server: ServerPr
         assert own.process.wait(30) == 0
         assert not engine.is_running()
         assert "Traceback" not in own.log
-        assert "Quantising" not in own.log
+        assert " ..." not in own.log  # how a stage of the preparation begins
+    assert cached_files() == prepared
 
 
 def test_a_port_in_use_is_one_line_with_a_cure(server: ServerProcess) -> None:
