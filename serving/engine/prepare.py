@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Up to this many rows the head is read in 8 bits (memory-bound); above, the bf16 product is faster (compute-bound).
 INT8_HEAD_MAX_ROWS = 4
+HEAD_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,13 @@ class FastHead:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        scales = weight.to(torch.float32).abs().amax(dim=1).clamp_min(1e-12) / 127
-        self._codes = (weight.to(torch.float32) / scales.unsqueeze(1)).round().to(torch.int8)
-        self._scales = scales
+        self._codes = torch.empty_like(weight, dtype=torch.int8)
+        self._scales = torch.empty(weight.shape[0])
+        for start in range(0, weight.shape[0], HEAD_BLOCK_ROWS):  # in blocks: a float32 copy of all would be the peak
+            block = weight[start : start + HEAD_BLOCK_ROWS].to(torch.float32)
+            scales = block.abs().amax(dim=1).clamp_min(1e-12) / 127
+            self._scales[start : start + HEAD_BLOCK_ROWS] = scales
+            self._codes[start : start + HEAD_BLOCK_ROWS] = (block / scales.unsqueeze(1)).round().to(torch.int8)
         self._ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
 
     def __call__(self, hidden: Tensor) -> Tensor:
