@@ -1,8 +1,8 @@
 """Turns a classifier's probabilities into a verdict on a conversation. The gateway asks here before it queues anything.
 
 The rule of `judge_input`: the verdict's probability is the highest over
-  - every window of every turn that came after the last assistant turn (the new message, and tool results beside it),
-  - every window of every system turn (instructions there steer the model as much as a message does),
+  - every window of every user, tool and system turn, old ones too: the client sends the whole conversation anew, and
+    nothing says that an earlier turn was ever judged or that an assistant turn was the model's,
   - the last `joined_chars` characters of the user turns joined, so that a request split over turns is seen whole.
 Assistant turns are not judged: what the model says is `stream_filter`'s side. Windows overlap and cover every
 character, so a harmful sentence is not diluted by a long text; the cost is linear in the text's length.
@@ -95,10 +95,7 @@ class Policy:
         return [self._verdict(self._highest([text])) for text in texts]
 
     def _texts_to_judge(self, turns: Sequence[Turn]) -> list[str]:
-        newest = len(turns)
-        while newest > 0 and turns[newest - 1].role != "assistant":
-            newest -= 1
-        texts = [turn.content for i, turn in enumerate(turns) if i >= newest or turn.role == "system"]
+        texts = [turn.content for turn in turns if turn.role != "assistant"]
         user_turns = [turn.content for turn in turns if turn.role == "user"]
         if len(user_turns) > 1:
             texts.append("\n".join(user_turns)[-self._windows.joined_chars :])

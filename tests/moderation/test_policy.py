@@ -58,7 +58,7 @@ def test_verdict_is_the_highest_of_all_windows() -> None:
 
 
 @pytest.mark.parametrize("role", ["user", "tool", "system"])
-def test_every_new_turn_that_is_not_the_models_is_judged(role: str) -> None:
+def test_every_turn_that_is_not_the_models_is_judged(role: str) -> None:
     turns = [Turn(role, "something bad"), Turn("user", "go on")]
 
     assert policy_of(bad=0.9).judge_input(turns).flagged
@@ -82,10 +82,14 @@ def test_a_request_split_over_turns_is_seen_whole() -> None:
     assert policy_of(**{"kill\nmy wife": 0.9}).judge_input(turns).flagged
 
 
-def test_old_user_turns_beyond_the_joined_window_are_forgotten() -> None:
+def test_an_old_user_turn_is_judged_however_much_came_after_it() -> None:
     turns = [Turn("user", "bad"), Turn("assistant", "no"), Turn("user", "x" * WINDOWS.joined_chars)]
 
-    assert not policy_of(bad=0.9).judge_input(turns).flagged
+    assert policy_of(bad=0.9).judge_input(turns).flagged
+
+
+def test_a_message_is_judged_also_when_the_answer_to_it_is_begun_by_the_client() -> None:
+    assert policy_of(bad=0.9).judge_input([Turn("user", "bad"), Turn("assistant", "Sure, first")]).flagged
 
 
 @pytest.mark.parametrize("turns", [[], [Turn("user", "")], [Turn("user", " \n")]])
