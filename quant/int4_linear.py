@@ -121,16 +121,17 @@ class SplitInt4PackKernel:
     The scale is rounded to bf16: at the far end of the grid a quarter of an 8-bit step.
     """
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, *, for_many_rows: bool = True) -> None:
+        """`for_many_rows` False saves the bf16 copy: for callers that have their own way with many rows."""
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self._halves = Int4PackKernel(split_codes(matrix), bias)
         offsets = (136 - matrix.zeros.to(torch.float32)) * matrix.scales.to(torch.bfloat16).to(torch.float32)
         self._halves.set_offsets(torch.cat((offsets, torch.zeros_like(offsets)), dim=1))
-        self._dense = PlainKernel(matrix, bias, torch.bfloat16)
+        self._dense = PlainKernel(matrix, bias, torch.bfloat16) if for_many_rows else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] >= SPLIT_DENSE_FROM_ROWS:
+        if self._dense is not None and x.shape[0] >= SPLIT_DENSE_FROM_ROWS:
             return self._dense(x)
         return self._halves(torch.cat((x, x), dim=1))
 

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import CheckpointError
-from quant.int4_linear import KernelName, LinearKernel, QuantizedLinear, build_kernel, probe_kernel
+from quant.gptq import GptqOptions, round_to_nearest
+from quant.int4_linear import (
+    INT4PACK_GROUP_SIZES,
+    INT4PACK_ROW_MULTIPLE,
+    KernelName,
+    LinearKernel,
+    QuantizedLinear,
+    SplitInt4PackKernel,
+    build_kernel,
+    probe_kernel,
+)
 from quant.matrix import concat_rows
 from serving.model.attention import rotary_frequencies, rotary_tables
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
@@ -87,7 +97,7 @@ def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
             layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
             embedding=decoder.model.embed_tokens.weight.detach().to(dtype),
             final_norm=_prepare_norm(decoder.model.norm, spec),
-            head=_prepare_head(decoder, exact=exact),
+            head=_prepare_head(decoder, kernel_name, exact=exact),
             rotary=partial(rotary_tables, rotary_frequencies(spec, torch.device("cpu"))),
             dtype=dtype,
             is_exact=exact,
@@ -170,28 +180,34 @@ class DenseKernel:
         return nn.functional.linear(x, self._weight, self._bias)
 
 
-def _prepare_head(decoder: Decoder, *, exact: bool) -> Callable[[Tensor], Tensor]:
+def _prepare_head(decoder: Decoder, kernel_name: KernelName, *, exact: bool) -> Callable[[Tensor], Tensor]:
     weight = _plain_weight(decoder.lm_head or decoder.model.embed_tokens, torch.float32 if exact else torch.bfloat16)
-    return DenseKernel(weight, None) if exact else FastHead(weight)
+    return DenseKernel(weight, None) if exact else FastHead(weight, _head_group_size(weight, kernel_name))
 
 
 class FastHead:
-    """Logits of few rows from 8-bit weights (one scale a vocabulary entry), of many rows from the bf16 ones."""
+    """Logits of few rows from 8-bit weights, of many rows from the bf16 ones, which the embedding keeps anyway."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, group_size: int | None) -> None:
         self._weight = weight
-        self._codes = torch.empty_like(weight, dtype=torch.int8)
-        self._scales = torch.empty(weight.shape[0])
-        for start in range(0, weight.shape[0], HEAD_BLOCK_ROWS):  # in blocks: a float32 copy of all would be the peak
-            block = weight[start : start + HEAD_BLOCK_ROWS].to(torch.float32)
-            scales = block.abs().amax(dim=1).clamp_min(1e-12) / 127
-            self._scales[start : start + HEAD_BLOCK_ROWS] = scales
-            self._codes[start : start + HEAD_BLOCK_ROWS] = (block / scales.unsqueeze(1)).round().to(torch.int8)
-        self._ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+        # In blocks: packing takes four bytes a code, and a float32 copy of the whole head would be the process's peak.
+        self._blocks = (
+            [] if group_size is None else [_pack_head_block(b, group_size) for b in weight.split(HEAD_BLOCK_ROWS)]
+        )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[0] > INT8_HEAD_MAX_ROWS:
+        if hidden.shape[0] > INT8_HEAD_MAX_ROWS or not self._blocks:
             return nn.functional.linear(hidden, self._weight).to(torch.float32)
-        # Scaled in fp32 afterwards: the operator would round the scales to bf16, up to 0.4 % of a logit.
-        product = torch.ops.aten._weight_int8pack_mm(hidden, self._codes, self._ones)
-        return product.to(torch.float32) * self._scales
+        return torch.cat([block(hidden) for block in self._blocks], dim=1).to(torch.float32)
+
+
+def _pack_head_block(weight: Tensor, group_size: int) -> LinearKernel:
+    options = GptqOptions(bits=8, group_size=group_size, range_search=False)
+    return SplitInt4PackKernel(round_to_nearest(weight, options), None, for_many_rows=False)
+
+
+def _head_group_size(weight: Tensor, kernel_name: KernelName) -> int | None:
+    """The largest group that the packed product takes for this head; None where it takes none."""
+    if kernel_name is not KernelName.TORCH_INT4PACK or weight.shape[0] % INT4PACK_ROW_MULTIPLE:
+        return None
+    return max((size for size in INT4PACK_GROUP_SIZES if weight.shape[1] % size == 0), default=None)
