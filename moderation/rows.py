@@ -1,6 +1,6 @@
 """Labelled texts: reading the data directory, the licence rule, and leaving out what a validation or test file holds.
 
-Used by training and evaluation only. The data directory's layout and fields are described in docs/data.md.
+Used by training and evaluation only. Rows hold text, label, lang, source; conversations hold messages or prompt.
 """
 
 from __future__ import annotations
