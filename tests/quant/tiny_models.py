@@ -32,8 +32,8 @@ CONFIG: dict[str, object] = {
 NUM_LINEARS = 14
 
 
-def tiny_decoder(seed: int = 0, **changes: object) -> Decoder:
-    torch.manual_seed(seed)
+def tiny_decoder(**changes: object) -> Decoder:
+    torch.manual_seed(0)
     decoder = Decoder(spec_from_config({**CONFIG, **changes})).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -51,9 +51,10 @@ def tiny_ids(samples: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.multinomial(chances.expand(samples, -1), tokens, replacement=True, generator=generator)
 
 
-def write_source(directory: Path, dtype: torch.dtype = torch.float16) -> Path:
+def write_source(directory: Path, dtype: torch.dtype = torch.float16, **changes: object) -> Path:
+    """`changes` to CONFIG."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_decoder(tiny_decoder().to(dtype), directory, CONFIG)
+    save_decoder(tiny_decoder(**changes).to(dtype), directory, {**CONFIG, **changes})
     (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}), encoding="utf-8")
     return directory
