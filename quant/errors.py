@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class CommandError(Exception):
+    """A command cannot do what was asked. Its message is all that the person at the terminal needs."""
+
+
 class CheckpointError(Exception):
     """A model directory or weight file cannot be used."""
 

@@ -15,16 +15,16 @@ import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 from quant.errors import CheckpointError
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
-Stage: TypeAlias = Literal["source", "pretrain", "sft", "reward", "ppo", "merge", "quantize"]
+Stage: TypeAlias = Literal["source", "pretrain", "sft", "reward", "ppo", "dpo", "grpo", "merge", "quantize"]
 
 MANIFEST_NAME = "causerie.json"
 MANIFEST_VERSION = 1
-STAGES: tuple[Stage, ...] = ("source", "pretrain", "sft", "reward", "ppo", "merge", "quantize")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 # What decides how a model answers; reports, read-mes and the manifest itself do not change the content hash.
 MODEL_FILE_NAMES = frozenset(
     {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from moderation.errors import ModerationError
-from quant.errors import CheckpointError, QuantizationError
+from quant.errors import CheckpointError, CommandError, QuantizationError
 from serving.errors import ConfigError, ServiceError
 
 __all__ = ["COMMANDS", "main"]
@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 PACKAGES = ("serving", "moderation", "quant", "training", "ui")
 
-_EXPECTED = (CheckpointError, ConfigError, ModerationError, QuantizationError, ServiceError)
+_EXPECTED = (CheckpointError, CommandError, ConfigError, ModerationError, QuantizationError, ServiceError)
 
 EXAMPLES = """\
 examples:

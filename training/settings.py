@@ -1,0 +1,206 @@
+"""The settings of every stage, as frozen dataclasses that load no torch. `options.read_settings` fills them.
+
+Lengths are in tokens, batch sizes in samples, rates per optimizer step. A stage's own class says what it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from training.options import option
+
+Method: TypeAlias = Literal["full", "lora", "qlora"]
+Licences: TypeAlias = Literal["yes", "all"]
+Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+_ADAPTERS = ("method", ("lora", "qlora"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every run has. Checkpoints and logs lie in OUT.run until OUT is published."""
+
+    out: Path = option(..., "model directory to write; appears whole at the end")
+    seed: int = option(0, "of weights, order of the data and sampling", minimum=0)
+    resume: bool = option(False, "go on from the newest checkpoint in OUT.run")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
+    precision: Precision = option("auto", "of matrix products; weights stay float32 (auto: bfloat16 where it is fast)")
+    checkpoint_every: int = option(200, "optimizer steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", minimum=1)
+    log_every: int = option(1, "optimizer steps between lines of the log", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings(RunSettings):
+    """How weights are changed: AdamW with a warm-up and a schedule."""
+
+    learning_rate: float = option(1e-4, "peak", above=0)
+    schedule: Schedule = option("cosine", "after the warm-up")
+    final_learning_rate: float = option(0.1, "at the last step, as a share of the peak", minimum=0, maximum=1)
+    warmup: float = option(0.03, "share of the steps in which the rate rises linearly", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "on matrices, not on norms and biases", minimum=0)
+    beta1: float = option(0.9, "AdamW", minimum=0, maximum=1)
+    beta2: float = option(0.95, "AdamW", minimum=0, maximum=1)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    sharding: Literal["none", "fsdp"] = option("none", "fsdp: weights, gradients and optimizer spread over the ranks")
+    cpu_offload: bool = option(False, "keep sharded weights in main memory", applies=("sharding", ("fsdp",)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which rows are read, and which of them may be used."""
+
+    data: tuple[Path, ...] = option(..., "files: .jsonl, .jsonl.gz or .jsonl.zst")
+    eval_data: tuple[Path, ...] = option((), "held-out files; what also occurs in them is removed from the data")
+    licences: Licences = option("all", "yes: only rows whose source may ship, by the licences file")
+    licences_file: Path | None = option(None, "JSON with the sources that may ship (default: found above the data)")
+    max_rows: int | None = option(None, "read at most so many rows of each file", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Which weights are trained: all of them, or low-rank adapters on a frozen trunk."""
+
+    method: Method = option("lora", "full weights, LoRA adapters, or LoRA on a trunk in 4 bits (NF4)")
+    lora_rank: int = option(16, "columns of an adapter", applies=_ADAPTERS, minimum=1)
+    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", applies=_ADAPTERS, above=0)
+    lora_dropout: float = option(0.0, "on the adapters' inputs", applies=_ADAPTERS, minimum=0, maximum=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(OptimSettings, DataSettings):
+    """A base model from random weights, and its tokenizer."""
+
+    size: str = option("palm-2m", "named size; `causerie plan sizes` lists them")
+    vocab_size: int | None = option(None, "of the tokenizer that is trained (default: the size's)", minimum=300)
+    tokenizer: Path | None = option(None, "model directory whose tokenizer is used instead of training one")
+    length: int = option(512, "tokens of a packed row, and the longest context of the model", minimum=16)
+    batch_size: int = option(8, "packed rows of an optimizer step", minimum=1)
+    micro_batch_size: int = option(8, "packed rows of one forward pass", minimum=1)
+    epochs: float = option(1.0, "times the data is seen", above=0)
+    max_steps: int | None = option(None, "end after so many optimizer steps even if epochs are left", minimum=1)
+    z_loss: float = option(1e-4, "coefficient of log(Z)^2, arXiv:2204.02311 section 5", minimum=0)
+    learning_rate: float = option(2e-3, "peak", above=0)
+    weight_decay: float = option(0.1, "on matrices, not on norms", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(OptimSettings, DataSettings, AdapterSettings):
+    """A policy from a base model and conversations; loss on what the assistant says, end of turn included."""
+
+    model: Path = option(..., "model directory to start from")
+    chat_template: Path | None = option(None, "a .jinja file, for a base model without a chat format")
+    length: int = option(1024, "tokens of a packed row; longer conversations lose their last turns", minimum=16)
+    batch_size: int = option(8, "packed rows of an optimizer step", minimum=1)
+    micro_batch_size: int = option(1, "packed rows of one forward pass", minimum=1)
+    epochs: float = option(1.0, "times the data is seen", above=0)
+    max_steps: int | None = option(None, "end after so many optimizer steps even if epochs are left", minimum=1)
+    packing: bool = option(True, "several conversations in a row, without attention across them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(OptimSettings, DataSettings, AdapterSettings):
+    """A reward model from ranked answers: a trunk and a scalar head."""
+
+    model: Path = option(..., "model directory of the trunk; may be smaller than the policy")
+    length: int = option(1024, "longest conversation in tokens; longer ones lose their first turns", minimum=16)
+    batch_size: int = option(16, "rankings of an optimizer step", minimum=1)
+    micro_batch_size: int = option(4, "rankings of one forward pass; all answers of one stay together", minimum=1)
+    epochs: float = option(1.0, "times the data is seen; more than one over-fits", above=0)
+    max_steps: int | None = option(None, "end after so many optimizer steps even if epochs are left", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Sampling of answers to learn from, in the serving engine."""
+
+    temperature: float = option(1.0, "of sampling, and of old, new and reference log-probabilities", above=0)
+    max_new_tokens: int = option(128, "longest answer", minimum=1)
+    max_prompt_tokens: int = option(512, "prompts longer than this are left out", minimum=1)
+    kv_megabytes: int = option(256, "KV cache of the roll-out engine", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings):
+    """PPO against a reward model, held near a frozen reference, with pretraining text mixed in (arXiv:2203.02155)."""
+
+    model: Path = option(..., "SFT model: the policy's start and the frozen reference")
+    reward_model: Path = option(..., "directory that `train reward` wrote")
+    iterations: int = option(50, "roll-out and update rounds", minimum=1)
+    rollout_size: int = option(64, "answers of an iteration", minimum=1)
+    batch_size: int = option(64, "answers of an optimizer step", minimum=1)
+    micro_batch_size: int = option(8, "answers of one forward pass", minimum=1)
+    epochs: int = option(1, "times an iteration's answers are used", minimum=1)
+    learning_rate: float = option(1e-5, "of the policy", above=0)
+    critic_learning_rate: float = option(5e-5, "of the critic", above=0)
+    schedule: Schedule = option("constant", "after the warm-up")
+    critic_warmup: int = option(0, "first iterations in which only the critic learns", minimum=0)
+    kl_control: Literal["fixed", "adaptive", "lagrangian"] = option("adaptive", "how the KL coefficient moves")
+    kl_coefficient: float = option(0.05, "per token, at the start", minimum=0)
+    kl_target: float = option(
+        4.0, "nats of an answer", applies=("kl_control", ("adaptive", "lagrangian")), above=0
+    )
+    kl_horizon: int = option(2000, "answers over which it adapts", applies=("kl_control", ("adaptive",)), minimum=1)
+    clip: float = option(0.2, "of the policy's ratio", above=0)
+    value_clip: float = option(0.2, "of a value's change", above=0)
+    value_coefficient: float = option(0.5, "of the value loss", minimum=0)
+    entropy_coefficient: float = option(0.0, "of the entropy bonus", minimum=0)
+    gamma: float = option(1.0, "discount", minimum=0, maximum=1)
+    lam: float = option(0.95, "GAE", minimum=0, maximum=1)
+    reward_clip: float | None = option(None, "scores are cut to [-X, X] deviations", above=0)
+    missing_end_penalty: float = option(1.0, "taken off an answer that was cut off before its end", minimum=0)
+    ptx_coefficient: float = option(
+        0.5, "of the log-likelihood of the PTX rows, added to the objective (InstructGPT: 27.8 on its scale)", minimum=0
+    )
+    ptx_text: tuple[Path, ...] = option((), "plain text rows of the PTX mixture")
+    ptx_conversations: tuple[Path, ...] = option((), "SFT rows of the PTX mixture")
+    ptx_text_share: float = option(0.5, "of plain text in the mixture", minimum=0, maximum=1)
+    ptx_length: int = option(256, "tokens of a PTX row", minimum=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoSettings(OptimSettings, DataSettings, AdapterSettings):
+    """Direct preference optimisation on pairs (arXiv:2305.18290)."""
+
+    model: Path = option(..., "SFT model: the policy's start and the frozen reference")
+    length: int = option(1024, "longest conversation in tokens", minimum=16)
+    batch_size: int = option(16, "pairs of an optimizer step", minimum=1)
+    micro_batch_size: int = option(4, "pairs of one forward pass", minimum=1)
+    epochs: float = option(1.0, "times the data is seen", above=0)
+    max_steps: int | None = option(None, "end after so many optimizer steps even if epochs are left", minimum=1)
+    beta: float = option(0.1, "how strongly the reference holds", above=0)
+    learning_rate: float = option(5e-6, "peak", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings):
+    """Group-relative policy optimisation: no critic, several answers to each prompt (arXiv:2402.03300)."""
+
+    model: Path = option(..., "SFT model: the policy's start and the frozen reference")
+    reward_model: Path = option(..., "directory that `train reward` wrote")
+    iterations: int = option(50, "roll-out and update rounds", minimum=1)
+    prompts_per_iteration: int = option(8, "prompts of an iteration", minimum=1)
+    group_size: int = option(8, "answers to each prompt; 2 or more", minimum=2)
+    batch_size: int = option(64, "answers of an optimizer step", minimum=1)
+    micro_batch_size: int = option(8, "answers of one forward pass", minimum=1)
+    epochs: int = option(1, "times an iteration's answers are used", minimum=1)
+    learning_rate: float = option(1e-5, "of the policy", above=0)
+    schedule: Schedule = option("constant", "after the warm-up")
+    clip: float = option(0.2, "of the policy's ratio", above=0)
+    kl_coefficient: float = option(0.04, "of the KL term in the loss", minimum=0)
+    missing_end_penalty: float = option(1.0, "taken off an answer that was cut off before its end", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What a model is measured by."""
+
+    model: Path = option(..., "model directory to judge")
+    out: Path = option(..., "directory for the report; appears whole at the end")
+    against: Path | None = option(None, "model that it would replace")
+    reward_model: Path | None = option(None, "judge of the win rate")
+    second_reward_model: Path | None = option(None, "another judge, to see over-optimisation")
+    seed: int = option(0, "of sampling", minimum=0)
