@@ -35,7 +35,8 @@ class LayeredModel(Protocol):
     """What the walk needs of a decoder: `serving.model.transformer.Decoder` has it.
 
     Each layer has input_layernorm, self_attn (q_proj, k_proj, v_proj, o_proj), post_attention_layernorm and mlp
-    (gate_proj, up_proj, down_proj), and adds attention, then feed-forward, to its input.
+    (gate_proj, up_proj, down_proj), and adds attention, then feed-forward, to its input. In a parallel block
+    post_attention_layernorm is None: feed-forward reads the same normed input as attention.
     """
 
     @property
@@ -131,6 +132,7 @@ class _Walk:
         # A copy carries the activations, in their type; its linears arrive one by one, already quantised.
         working = _copy_without_linears(layer).to(self._dtype)
         attention, feed_forward = _child(working, "self_attn"), _child(working, "mlp")
+        is_parallel = getattr(layer, "post_attention_layernorm", None) is None
 
         def settle(block: str, linears: Sequence[str], hessian: HessianSum) -> None:
             owner, copied = _child(layer, block), _child(working, block)
@@ -144,12 +146,14 @@ class _Walk:
             return _child(working, "input_layernorm")(hidden)
 
         def feed_forward_input(hidden: Tensor) -> Tensor:
-            return _child(working, "post_attention_layernorm")(hidden)
+            return _child(working, "input_layernorm" if is_parallel else "post_attention_layernorm")(hidden)
 
         hessian = HessianSum(_linear(_child(layer, "self_attn"), "q_proj").in_features)
         for hidden in self._batches():
             hessian.add(attention_input(hidden))
         settle("self_attn", ATTENTION_INPUTS, hessian)
+        if is_parallel:
+            settle("mlp", FEED_FORWARD_INPUTS, hessian)
 
         # With an identity in its last linear's place, a block returns what goes into that linear.
         hessian = HessianSum(_linear(_child(layer, "self_attn"), "o_proj").in_features)
@@ -159,11 +163,13 @@ class _Walk:
             hessian.add(mixed[-1])
         settle("self_attn", ("o_proj",), hessian)
 
-        hessian = HessianSum(_linear(_child(layer, "mlp"), "gate_proj").in_features)
-        for hidden in self._batches():
-            hidden += _child(attention, "o_proj")(mixed.pop(0))
-            hessian.add(feed_forward_input(hidden))
-        settle("mlp", FEED_FORWARD_INPUTS, hessian)
+        attended = [_child(attention, "o_proj")(mixed.pop(0)) for _ in range(len(mixed))]
+        if not is_parallel:
+            hessian = HessianSum(_linear(_child(layer, "mlp"), "gate_proj").in_features)
+            for hidden in self._batches():
+                hidden += attended.pop(0)
+                hessian.add(feed_forward_input(hidden))
+            settle("mlp", FEED_FORWARD_INPUTS, hessian)
 
         hessian = HessianSum(_linear(_child(layer, "mlp"), "down_proj").in_features)
         inner: list[Tensor] = []
@@ -172,6 +178,8 @@ class _Walk:
             hessian.add(inner[-1])
         settle("mlp", ("down_proj",), hessian)
         for hidden in self._batches():
+            if is_parallel:
+                hidden += attended.pop(0)
             hidden += _child(feed_forward, "down_proj")(inner.pop(0))
         return reports
 

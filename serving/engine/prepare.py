@@ -28,8 +28,9 @@ from quant.int4_linear import (
     probe_kernel,
 )
 from quant.matrix import concat_rows
-from serving.model.attention import rotary_frequencies, rotary_tables
-from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
+from serving.engine.norms import PreparedNorm, prepare_norm
+from serving.model.attention import ROTARY_FORMS, RotaryForm, rotary_frequencies, rotary_tables
+from serving.model.spec import DecoderSpec
 from serving.model.transformer import Decoder, DecoderLayer
 
 logger = logging.getLogger(__name__)
@@ -48,19 +49,13 @@ class FusedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class RmsNorm:
-    """weight * sqrt(width), (width,) float32, and sqrt(width * eps), (): what `runner.rms_norm` multiplies and adds."""
-
-    scaled_weight: Tensor
-    floor: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedLayer:
-    input_norm: RmsNorm
-    post_attention_norm: RmsNorm
-    q_norm: RmsNorm | None
-    k_norm: RmsNorm | None
+    """`post_attention_norm` is None in a parallel block: attention and feed-forward read one normed input."""
+
+    input_norm: PreparedNorm
+    post_attention_norm: PreparedNorm | None
+    q_norm: PreparedNorm | None
+    k_norm: PreparedNorm | None
     qkv: FusedLinear
     out: FusedLinear
     gate_up: FusedLinear
@@ -74,47 +69,40 @@ class PreparedModel:
     spec: DecoderSpec
     layers: Sequence[PreparedLayer]
     embedding: Tensor  # (vocabulary, hidden) in dtype
-    final_norm: RmsNorm
+    final_norm: PreparedNorm
     head: Callable[[Tensor], Tensor]  # (rows, hidden) in dtype -> logits (rows, vocabulary) float32
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, sin (tokens, head dim) float32
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, signed sin (tokens, head dim) fp32
+    rotary_form: RotaryForm
     dtype: torch.dtype
     is_exact: bool
     kernel_name: KernelName
 
 
 def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
-    """Prepare a decoder for inference. The decoder's own tensors are not changed; fp32 ones may be shared when exact.
-
-    Raises CheckpointError if the engine has no path for the decoder's form.
-    """
+    """Prepare a decoder for inference. The decoder's own tensors are not changed; fp32 ones may be shared when exact."""
     spec = decoder.spec
-    _check_supported(spec)
     kernel_name = KernelName.PLAIN if exact else probe_kernel()
     dtype = torch.float32 if exact else torch.bfloat16
+    rotary_form = ROTARY_FORMS[spec.positions]
     with torch.inference_mode():
         return PreparedModel(
             spec=spec,
             layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
             embedding=decoder.model.embed_tokens.weight.detach().to(dtype),
-            final_norm=_prepare_norm(decoder.model.norm, spec),
+            final_norm=prepare_norm(decoder.model.norm, spec),
             head=_prepare_head(decoder, kernel_name, exact=exact),
-            rotary=partial(rotary_tables, rotary_frequencies(spec, torch.device("cpu"))),
+            rotary=partial(rotary_tables, rotary_form, rotary_frequencies(spec, torch.device("cpu"))),
+            rotary_form=rotary_form,
             dtype=dtype,
             is_exact=exact,
             kernel_name=kernel_name,
         )
 
 
-def _check_supported(spec: DecoderSpec) -> None:
-    served = (Norm.RMS, BlockForm.SEQUENTIAL, Positions.ROTARY_HALVES, Activation.SWIGLU)
-    found = (spec.norm, spec.block, spec.positions, spec.activation)
-    if found != served:
-        raise CheckpointError(f"the engine serves {served} decoders; {spec.family} is {found}")
-
-
 def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype) -> PreparedLayer:
     layer = cast("DecoderLayer", decoder.layers[index])
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, spec = layer.self_attn, layer.mlp, decoder.spec
+    after_attention = layer.post_attention_layernorm
 
     def fuse(block: str, *names: str) -> FusedLinear:
         owner = attention if block == "self_attn" else mlp
@@ -124,22 +112,15 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
         return FusedLinear(_fuse(linears, kernel_name, dtype), parts)
 
     return PreparedLayer(
-        input_norm=_prepare_norm(layer.input_layernorm, decoder.spec),
-        post_attention_norm=_prepare_norm(layer.post_attention_layernorm, decoder.spec),
-        q_norm=None if attention.q_norm is None else _prepare_norm(attention.q_norm, decoder.spec),
-        k_norm=None if attention.k_norm is None else _prepare_norm(attention.k_norm, decoder.spec),
+        input_norm=prepare_norm(layer.input_layernorm, spec),
+        post_attention_norm=None if after_attention is None else prepare_norm(after_attention, spec),
+        q_norm=None if attention.q_norm is None else prepare_norm(attention.q_norm, spec),
+        k_norm=None if attention.k_norm is None else prepare_norm(attention.k_norm, spec),
         qkv=fuse("self_attn", "q_proj", "k_proj", "v_proj"),
         out=fuse("self_attn", "o_proj"),
         gate_up=fuse("mlp", "gate_proj", "up_proj"),
         down=fuse("mlp", "down_proj"),
     )
-
-
-def _prepare_norm(norm: nn.Module, spec: DecoderSpec) -> RmsNorm:
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    width = weight.shape[0]
-    return RmsNorm(weight.detach().to(torch.float32) * width**0.5, torch.tensor((width * spec.norm_eps) ** 0.5))
 
 
 def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
@@ -182,7 +163,19 @@ class DenseKernel:
 
 def _prepare_head(decoder: Decoder, kernel_name: KernelName, *, exact: bool) -> Callable[[Tensor], Tensor]:
     weight = _plain_weight(decoder.lm_head or decoder.model.embed_tokens, torch.float32 if exact else torch.bfloat16)
-    return DenseKernel(weight, None) if exact else FastHead(weight, _head_group_size(weight, kernel_name))
+    head = DenseKernel(weight, None) if exact else FastHead(weight, _head_group_size(weight, kernel_name))
+    return head if decoder.spec.logit_scale == 1.0 else ScaledHead(head, decoder.spec.logit_scale)
+
+
+class ScaledHead:
+    """A head whose logits are multiplied by a constant, in float32."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor], scale: float) -> None:
+        self._head = head
+        self._scale = scale
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden).mul_(self._scale)
 
 
 class FastHead:

@@ -15,7 +15,8 @@ from torch.nn import functional
 from serving.engine.adapters import AdapterRows, add_deltas
 from serving.engine.batch import DecodeGroup, Span, StepBatch
 from serving.engine.kv_blocks import KVCache
-from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel, RmsNorm
+from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel
+from serving.model.attention import RotaryForm
 from serving.model.spec import DecoderSpec
 
 
@@ -25,24 +26,12 @@ def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:
     rotary = _rotary_tables(model, batch.positions)
     for index, layer in enumerate(model.layers):
         hidden = _run_layer(model, layer, index, cache, batch, hidden, rotary)
-    return rms_norm(hidden, model.final_norm, model.dtype)
-
-
-def rms_norm(x: Tensor, norm: RmsNorm, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in `dtype`. x: (..., width) float32.
-
-    Written over the norm so that it is four small operators instead of the six of the composite one:
-    mean(x^2) + eps = (norm(x)^2 + width * eps) / width.
-    """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(norm.floor)
-    return x.div(length).mul_(norm.scaled_weight).to(dtype)
+    return model.final_norm(hidden, model.dtype)
 
 
 def _rotary_tables(model: PreparedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and signed sin, each (rows, 1, head dim) in the model's dtype, for `_rotate`."""
-    cos, sin = model.rotary(positions)
-    half = sin.shape[-1] // 2
-    signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+    cos, signed_sin = model.rotary(positions)
     return cos.to(model.dtype).unsqueeze(1), signed_sin.to(model.dtype).unsqueeze(1)
 
 
@@ -57,12 +46,13 @@ def _run_layer(
 ) -> Tensor:
     spec = model.spec
     adapters = batch.adapter_rows
-    normed = rms_norm(hidden, layer.input_norm, model.dtype)
+    normed = layer.input_norm(hidden, model.dtype)
     qkv = _apply(layer.qkv, normed, adapters)
-    queries = _rotate_and_store(layer, index, cache, batch, qkv, rotary, spec)
+    queries = _rotate_and_store(model, layer, index, cache, batch, qkv, rotary)
     attended = _attend(cache, index, batch, queries, spec)
     hidden = hidden.add_(_apply(layer.out, attended, adapters))
-    normed = rms_norm(hidden, layer.post_attention_norm, model.dtype)
+    if layer.post_attention_norm is not None:
+        normed = layer.post_attention_norm(hidden, model.dtype)
     gate_up = _apply(layer.gate_up, normed, adapters)
     gate, up = gate_up.chunk(2, dim=-1)
     activated = functional.silu(gate).mul_(up)
@@ -77,31 +67,32 @@ def _apply(linear: FusedLinear, x: Tensor, adapters: Sequence[AdapterRows]) -> T
 
 
 def _rotate_and_store(
+    model: PreparedModel,
     layer: PreparedLayer,
     index: int,
     cache: KVCache,
     batch: StepBatch,
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor],
-    spec: DecoderSpec,
 ) -> Tensor:
     """Rotate queries and keys in place, cache keys and values; returns queries (rows, q heads, head dim)."""
+    spec = model.spec
     query_width = spec.num_heads * spec.head_dim
     num_rotated = spec.num_heads + spec.num_kv_heads
     rotated = qkv[:, : num_rotated * spec.head_dim].unflatten(1, (num_rotated, spec.head_dim))
     if layer.q_norm is not None and layer.k_norm is not None:
         queries, keys = rotated.split((spec.num_heads, spec.num_kv_heads), dim=1)
-        queries.copy_(rms_norm(queries.to(torch.float32), layer.q_norm, qkv.dtype))
-        keys.copy_(rms_norm(keys.to(torch.float32), layer.k_norm, qkv.dtype))
-    _rotate(rotated, *rotary)
+        queries.copy_(layer.q_norm(queries.to(torch.float32), qkv.dtype))
+        keys.copy_(layer.k_norm(keys.to(torch.float32), qkv.dtype))
+    _rotate(rotated, *rotary, model.rotary_form)
     cache.write(index, batch.slots, qkv[:, query_width:])
     return rotated[:, : spec.num_heads]
 
 
-def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
-    """x * cos + rotate_half(x) * sin in place, rotate_half's sign folded into the sine. x: (rows, heads, head dim)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    x.mul_(cos).addcmul_(swapped, signed_sin)
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, form: RotaryForm) -> None:
+    """x * cos + partner * signed sin in place. x: (rows, heads, head dim)."""
+    partner = form.partner(x)
+    x.mul_(cos).addcmul_(partner, signed_sin)
 
 
 def _attend(cache: KVCache, index: int, batch: StepBatch, queries: Tensor, spec: DecoderSpec) -> Tensor:

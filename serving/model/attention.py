@@ -6,12 +6,48 @@ Attention here recomputes the whole sequence. The engine's backend, which reads 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serving.model.spec import DecoderSpec, RopeScaling
+from serving.model.spec import DecoderSpec, Positions, RopeScaling
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryForm:
+    """Which two dimensions of a head turn together.
+
+    pair:    the first and the second of every pair, (..., head_dim / 2) each -> (..., head_dim)
+    partner: (..., head_dim) -> the same with the two of every pair exchanged
+    """
+
+    pair: Callable[[Tensor, Tensor], Tensor]
+    partner: Callable[[Tensor], Tensor]
+
+
+def _pair_halves(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat((first, second), dim=-1)
+
+
+def _pair_neighbours(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack((first, second), dim=-1).flatten(-2)
+
+
+def _partner_in_other_half(x: Tensor) -> Tensor:
+    return x.roll(x.shape[-1] // 2, dims=-1)
+
+
+def _partner_beside(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+ROTARY_FORMS: Mapping[Positions, RotaryForm] = {
+    Positions.ROTARY_HALVES: RotaryForm(_pair_halves, _partner_in_other_half),
+    Positions.ROTARY_INTERLEAVED: RotaryForm(_pair_neighbours, _partner_beside),
+}
 
 
 def rotary_frequencies(spec: DecoderSpec, device: torch.device | str = "cpu") -> Tensor:
@@ -32,19 +68,20 @@ def _stretch_slow(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return blend * frequencies + (1.0 - blend) * frequencies / scaling.factor
 
 
-def rotary_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) for integer positions (...), each (..., head_dim) float32; both halves hold the same angles."""
+def rotary_tables(form: RotaryForm, frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, signed sin) for integer positions (...), each (..., head_dim) float32.
+
+    The sine is negative for the first of a pair: a turned dimension is x * cos + partner * signed sin.
+    """
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return form.pair(cos, cos), form.pair(-sin, sin)
 
 
-def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(form: RotaryForm, heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn `heads` (..., head_dim) by tables that broadcast against it, in float32; returned in its own type."""
-    half = heads.shape[-1] // 2
     x = heads.to(torch.float32)
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x * cos + turned * sin).to(heads.dtype)
+    return (x * cos + form.partner(x) * signed_sin).to(heads.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ would change the logits and are not implemented are refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import cast
 
@@ -21,7 +22,7 @@ class Norm(StrEnum):
 
 class BlockForm(StrEnum):
     SEQUENTIAL = "sequential"  # attention, then feed-forward on its result
-    PARALLEL = "parallel"  # both read the same normed input: PaLM, GPT-NeoX
+    PARALLEL = "parallel"  # both read the same normed input: PaLM
 
 
 class Positions(StrEnum):
@@ -69,6 +70,7 @@ class DecoderSpec:
     qk_norm: bool
     tied_embeddings: bool
     max_positions: int  # already cut to the attention window where layers slide: up to it a window changes nothing
+    logit_scale: float = 1.0  # what the head's output is multiplied by
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
@@ -80,6 +82,8 @@ class DecoderSpec:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise CheckpointError(f"head_dim must be even for rotary positions; found {self.head_dim}")
+        if not 0 < self.logit_scale < math.inf:
+            raise CheckpointError(f"logit_scale must be a positive number; found {self.logit_scale}")
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -126,10 +130,10 @@ class _ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a number; found {value!r}")
         return float(value)
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, default: bool = False) -> bool:
         value = self._values.get(key)
         if value is None:
-            return False
+            return default
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {key} must be true or false; found {value!r}")
         return value
@@ -176,7 +180,25 @@ def _qwen3(config: _ConfigReader) -> DecoderSpec:
     )
 
 
+def _cohere(config: _ConfigReader) -> DecoderSpec:
+    """With one key/value head and `logit_scale` = hidden_size ** -0.5 this is PaLM (arXiv:2204.02311, section 2)."""
+    config.refuse_unless("use_qk_norm", False)
+    bias = config.flag("attention_bias")
+    kv_heads = config.integer("num_key_value_heads", config.integer("num_attention_heads"))
+    common = _spec("cohere", config, kv_heads=kv_heads, qkv_bias=bias, out_bias=bias, default_theta=500_000.0)
+    return replace(
+        common,
+        norm=Norm.LAYER,
+        norm_eps=config.number("layer_norm_eps", 1e-5),
+        block=BlockForm.PARALLEL,
+        positions=Positions.ROTARY_INTERLEAVED,
+        tied_embeddings=config.flag("tie_word_embeddings", default=True),
+        logit_scale=config.number("logit_scale", 0.0625),
+    )
+
+
 _FAMILIES: Mapping[str, Callable[[_ConfigReader], DecoderSpec]] = {
+    "CohereForCausalLM": _cohere,
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
@@ -194,6 +216,7 @@ def _spec(
     out_bias: bool = False,
     qk_norm: bool = False,
     window: int | None = None,
+    default_theta: float = 10_000.0,
 ) -> DecoderSpec:
     """What the Llama-like families have in common, and a family's own choices."""
     config.refuse_unless("hidden_act", "silu")
@@ -202,7 +225,7 @@ def _spec(
     if head_dim is None:
         head_dim = config.integer("head_dim", hidden_size // max(num_heads, 1))
     max_positions = config.integer("max_position_embeddings")
-    rope_theta, rope_scaling = _rope(config)
+    rope_theta, rope_scaling = _rope(config, default_theta)
     return DecoderSpec(
         family=family,
         vocab_size=config.integer("vocab_size"),
@@ -227,14 +250,14 @@ def _spec(
     )
 
 
-def _rope(config: _ConfigReader) -> tuple[float, RopeScaling | None]:
+def _rope(config: _ConfigReader, default_theta: float) -> tuple[float, RopeScaling | None]:
     """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     section = config.section("rope_parameters") or config.section("rope_scaling") or _ConfigReader({})
     for part in (config, section):
         part.refuse_unless("partial_rotary_factor", 1)
     if section.has_sections():
         raise CheckpointError("config.json: rotary parameters that differ between layers are not supported")
-    theta = section.number("rope_theta", config.number("rope_theta", 10_000.0))
+    theta = section.number("rope_theta", config.number("rope_theta", default_theta))
     kind = section.get("rope_type") or section.get("type") or "default"
     if kind == "default":
         return theta, None

@@ -6,7 +6,7 @@ What differs between families is read from the spec when modules are built; a fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quant.errors import CheckpointError
-from serving.model.attention import apply_rotary, causal_attention, rotary_frequencies, rotary_tables
+from serving.model.attention import ROTARY_FORMS, apply_rotary, causal_attention, rotary_frequencies, rotary_tables
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
 
 _EMBEDDING_STD = 0.02
-_IMPLEMENTED = (Norm.RMS, BlockForm.SEQUENTIAL, Positions.ROTARY_HALVES, Activation.SWIGLU)
+_IMPLEMENTED = (*Norm, *BlockForm, Positions.ROTARY_HALVES, Positions.ROTARY_INTERLEAVED, Activation.SWIGLU)
 
 
 class RmsNorm(nn.Module):
@@ -35,6 +35,22 @@ class RmsNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Without a bias: centre, divide by the standard deviation and scale, all in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(torch.float32)
+        return functional.layer_norm(x.to(torch.float32), weight.shape, weight, None, self.eps).to(x.dtype)
+
+
+_NORMS: Mapping[Norm, type[RmsNorm | LayerNorm]] = {Norm.RMS: RmsNorm, Norm.LAYER: LayerNorm}
+
+
 class Attention(nn.Module):
     """Projections around causal attention. `q_norm` and `k_norm` are None where the family has none."""
 
@@ -48,6 +64,7 @@ class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
+        self.rotary_form = ROTARY_FORMS[spec.positions]
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
@@ -62,14 +79,17 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., hidden) and tables (..., head_dim) -> normed and turned q, k, and v: (..., heads, head_dim) each."""
+        """x (..., hidden) and `Decoder.rotary`'s tables (..., head_dim) -> normed and turned q, k, and v.
+
+        Each is (..., heads, head_dim).
+        """
         q: Tensor = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k: Tensor = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v: Tensor = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+        return apply_rotary(self.rotary_form, q, cos, sin), apply_rotary(self.rotary_form, k, cos, sin), v
 
 
 class FeedForward(nn.Module):
@@ -89,16 +109,24 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """`post_attention_layernorm` is None in a parallel block: both halves read `input_layernorm`'s output."""
+
+    post_attention_layernorm: RmsNorm | LayerNorm | None
+
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
-        self.input_layernorm = RmsNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        self.input_layernorm = _hidden_norm(spec, dtype=dtype, device=device)
         self.self_attn = Attention(spec, dtype=dtype, device=device)
-        self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        is_sequential = spec.block is BlockForm.SEQUENTIAL
+        self.post_attention_layernorm = _hidden_norm(spec, dtype=dtype, device=device) if is_sequential else None
         self.mlp = FeedForward(spec, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, cos, sin)
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden)
+        return hidden + self.mlp(normed)
 
 
 class Trunk(nn.Module):
@@ -108,7 +136,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = _embedding(spec, dtype=dtype, device=device)
         self.layers = nn.ModuleList(DecoderLayer(spec, dtype=dtype, device=device) for _ in range(spec.num_layers))
-        self.norm = RmsNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        self.norm = _hidden_norm(spec, dtype=dtype, device=device)
 
 
 class Decoder(nn.Module):
@@ -145,9 +173,10 @@ class Decoder(nn.Module):
         return self.model.embed_tokens(ids)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of integer positions (...), each (..., head_dim) float32."""
+        """(cos, signed sin) of integer positions (...), each (..., head_dim) float32."""
         # Computed at each call: as a buffer the frequencies would be rounded by .to(bfloat16) and lost by to_empty().
-        return rotary_tables(rotary_frequencies(self.spec, positions.device), positions)
+        form = ROTARY_FORMS[self.spec.positions]
+        return rotary_tables(form, rotary_frequencies(self.spec, positions.device), positions)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self.model.norm(hidden)
@@ -155,8 +184,10 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden (..., hidden) -> (..., vocab), by the head's own weights or the embeddings'."""
         if self.lm_head is None:
-            return functional.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+            logits = functional.linear(hidden, self.model.embed_tokens.weight)
+        else:
+            logits = self.lm_head(hidden)
+        return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
 
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (batch, seq) -> logits (batch, seq, vocab).
@@ -171,6 +202,10 @@ class Decoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, cos, sin)
         return self.logits(self.final_norm(hidden))
+
+
+def _hidden_norm(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> RmsNorm | LayerNorm:
+    return _NORMS[spec.norm](spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
 
 
 def _embedding(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> nn.Embedding:

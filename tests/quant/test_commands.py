@@ -11,7 +11,7 @@ from quant import quantize_directory
 from quant.commands import ServingAccess, quantize, stored_dtype
 from quant.errors import QuantizationError
 from serving.cli import main
-from tests.quant.tiny_models import write_source
+from tests.quant.tiny_models import PALM, write_source
 from tests.serving.model.tiny_tokenizers import write_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -42,6 +42,15 @@ def test_a_directory_is_quantised_and_summed_up(
     assert printed.out.startswith(f"{out}: 4 bits, group size 32")
     assert "perplexity" in printed.out
     assert "Writing done" in printed.err
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["served"]["perplexity"] == pytest.approx(report["plain"]["perplexity"], rel=0.05)
+    assert report["largest_logit_difference"] == 0.0
+
+
+def test_a_palm_model_is_quantised_and_measured_on_the_serving_path(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", vocab_size=2048, **PALM), tmp_path / "out"
+    write_tokenizer("smollm2", source)
+    assert main(["quantize", str(source), str(out), *FEW]) == 0
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["served"]["perplexity"] == pytest.approx(report["plain"]["perplexity"], rel=0.05)
     assert report["largest_logit_difference"] == 0.0

@@ -14,7 +14,7 @@ from quant.int4_linear import QuantizedLinear
 from quant.progress import SilentProgress
 from quant.quantize_model import LayerReport, quantize_layers
 from serving.model.transformer import Decoder, DecoderLayer
-from tests.quant.tiny_models import NUM_LINEARS, tiny_decoder, tiny_ids
+from tests.quant.tiny_models import NUM_LINEARS, PALM, tiny_decoder, tiny_ids
 
 pytestmark = pytest.mark.unit
 
@@ -37,8 +37,12 @@ def layer_of(decoder: Decoder, index: int) -> DecoderLayer:
     return cast("DecoderLayer", decoder.layers[index])
 
 
-def test_every_linear_of_every_layer_is_replaced_and_reported() -> None:
-    decoder = tiny_decoder()
+FORMS = pytest.mark.parametrize("form", [{}, PALM], ids=["sequential", "parallel"])
+
+
+@FORMS
+def test_every_linear_of_every_layer_is_replaced_and_reported(form: dict[str, object]) -> None:
+    decoder = tiny_decoder(**form)
     reports = walk(decoder, tiny_ids(8, 64))
     quantized = [name for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)]
     assert sorted(linear.name for report in reports for linear in report.linears) == sorted(quantized)
@@ -46,9 +50,10 @@ def test_every_linear_of_every_layer_is_replaced_and_reported() -> None:
     assert not any(isinstance(module, nn.Linear) for module in decoder.layers.modules())
 
 
-def test_predictions_change_less_than_by_rounding_to_nearest() -> None:
+@FORMS
+def test_predictions_change_less_than_by_rounding_to_nearest(form: dict[str, object]) -> None:
     calibration, fresh = tiny_ids(32, 64), tiny_ids(4, 64, seed=9)
-    source = tiny_decoder()
+    source = tiny_decoder(**form)
     expected = source(fresh).detach()
     nearest = copy.deepcopy(source)
     for layer in nearest.layers:
@@ -63,20 +68,24 @@ def test_predictions_change_less_than_by_rounding_to_nearest() -> None:
     assert float(found.norm()) < 0.8 * float(rounded.norm())
 
 
-def test_later_linears_are_calibrated_on_what_the_quantised_earlier_ones_put_out() -> None:
-    decoder = tiny_decoder()
+@FORMS
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_later_linears_are_calibrated_on_what_the_quantised_earlier_ones_put_out(
+    form: dict[str, object], part: str
+) -> None:
+    decoder = tiny_decoder(**form)
     ids = tiny_ids(8, 64)
-    down_proj = cast("nn.Linear", copy.deepcopy(layer_of(decoder, 1).mlp.down_proj))
+    linear = cast("nn.Linear", copy.deepcopy(layer_of(decoder, 1).get_submodule(part)))
     walk(decoder, ids)
     captured: list[Tensor] = []
-    quantized = layer_of(decoder, 1).mlp.down_proj
+    quantized = layer_of(decoder, 1).get_submodule(part)
     handle = quantized.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     with torch.inference_mode():
         decoder(ids)
     handle.remove()
-    hessian = HessianSum(down_proj.in_features)
+    hessian = HessianSum(linear.in_features)
     hessian.add(captured[0])
-    expected = quantize_matrix(down_proj.weight, hessian.mean(), OPTIONS).matrix
+    expected = quantize_matrix(linear.weight, hessian.mean(), OPTIONS).matrix
     assert isinstance(quantized, QuantizedLinear)
     # The walk adds its Hessians up in another order.
     assert float((quantized.matrix.codes == expected.codes).float().mean()) > 0.98

@@ -30,6 +30,13 @@ CONFIG: dict[str, object] = {
     "torch_dtype": "float32",
 }
 NUM_LINEARS = 14
+PALM: dict[str, object] = {
+    "architectures": ["CohereForCausalLM"],
+    "model_type": "cohere",
+    "num_key_value_heads": 1,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.125,
+}
 
 
 def tiny_decoder(**changes: object) -> Decoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
@@ -32,9 +34,22 @@ SPEC = DecoderSpec(
 )
 
 
-def make_decoder() -> Decoder:
+PALM_SPEC = replace(
+    SPEC,
+    num_kv_heads=1,
+    norm=Norm.LAYER,
+    block=BlockForm.PARALLEL,
+    positions=Positions.ROTARY_INTERLEAVED,
+    qkv_bias=False,
+    qk_norm=False,
+    tied_embeddings=True,
+    logit_scale=0.4,
+)
+
+
+def make_decoder(spec: DecoderSpec = SPEC) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(SPEC)
+    decoder = Decoder(spec)
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() == 1:

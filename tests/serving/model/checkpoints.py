@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -59,6 +61,10 @@ def _qwen3(**options: Any) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**values))
 
 
+def _cohere(**options: Any) -> PreTrainedModel:
+    return CohereForCausalLM(CohereConfig(**{**SIZES, **options}))
+
+
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: _llama(),
     "llama_tied": lambda: _llama(tie_word_embeddings=True),
@@ -68,6 +74,8 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "mistral_windowed": lambda: _mistral(sliding_window=40),
     "qwen2": lambda: _qwen2(tie_word_embeddings=True),
     "qwen3": lambda: _qwen3(),
+    "cohere": lambda: _cohere(logit_scale=0.7, attention_bias=True, layer_norm_eps=1e-3),
+    "palm": lambda: _cohere(num_key_value_heads=1, logit_scale=48**-0.5, initializer_range=0.6),
     "qwen3_biased": lambda: _qwen3(attention_bias=True, tie_word_embeddings=True),
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from quant.errors import CheckpointError
-from serving.model.spec import RopeScaling, spec_from_config
+from serving.model.spec import BlockForm, Norm, Positions, RopeScaling, spec_from_config
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ def test_absent_and_null_rotary_settings_mean_plain_ones() -> None:
 
 
 def test_an_unsupported_architecture_is_refused_with_those_supported() -> None:
-    with pytest.raises(CheckpointError, match=r"MambaForCausalLM.*LlamaForCausalLM.*Mistral.*Qwen2.*Qwen3"):
+    with pytest.raises(CheckpointError, match=r"MambaForCausalLM.*Cohere.*LlamaForCausalLM.*Mistral.*Qwen2.*Qwen3"):
         spec_from_config(config("MambaForCausalLM"))
     with pytest.raises(CheckpointError, match="none named"):
         spec_from_config(config(architectures=...))
@@ -99,3 +99,23 @@ def test_head_size_and_key_value_heads_default_as_in_transformers() -> None:
     assert (llama.num_kv_heads, llama.head_dim) == (4, 16)
     assert spec_from_config(config("Qwen3ForCausalLM")).head_dim == 128
     assert spec_from_config(config(head_dim=32)).head_dim == 32
+
+
+def test_cohere_is_palms_form_with_transformers_defaults() -> None:
+    spec = spec_from_config(config("CohereForCausalLM", num_key_value_heads=1))
+    assert (spec.norm, spec.block, spec.positions) == (Norm.LAYER, BlockForm.PARALLEL, Positions.ROTARY_INTERLEAVED)
+    assert (spec.norm_eps, spec.rope_theta, spec.logit_scale) == (1e-5, 500_000.0, 0.0625)
+    assert (spec.num_kv_heads, spec.tied_embeddings, spec.qkv_bias) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+        ({"logit_scale": 0}, "logit_scale must be a positive number; found 0.0"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ],
+)
+def test_cohere_options_that_are_not_implemented_are_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec_from_config(config("CohereForCausalLM", **changes))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from serving.model.spec import BlockForm, spec_from_config
+from serving.model.spec import Norm, Positions, spec_from_config
 from serving.model.transformer import Decoder
 from serving.model.weights import load_decoder
 from tests.serving.model.checkpoints import MODELS, build_model, random_ids, save_model
@@ -55,6 +55,25 @@ def test_the_tolerance_notices_a_slightly_wrong_parameter(part: str, tmp_path: P
     assert difference > TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("norm", Norm.RMS),
+        ("positions", Positions.ROTARY_HALVES),
+        ("logit_scale", 1.0),
+        ("rope_theta", 1e4),
+        ("norm_eps", 1e-2),
+    ],
+)
+def test_every_field_that_makes_a_palm_model_changes_its_logits(field: str, other: object, tmp_path: Path) -> None:
+    model, decoder = reference_and_decoder("palm", tmp_path)
+    changed = Decoder(replace(decoder.spec, **{field: other}))
+    changed.load_state_dict(decoder.state_dict())
+    ids = random_ids()
+    with torch.no_grad():
+        assert largest_difference(changed(ids), model(ids).logits) > TOLERANCE
+
+
 def test_scaled_rope_differs_from_plain_rope_within_the_test_length(tmp_path: Path) -> None:
     _, decoder = reference_and_decoder("llama_scaled_rope", tmp_path)
     ids = random_ids(length=100)
@@ -77,8 +96,9 @@ def test_explicit_positions_are_read_as_transformers_reads_them(tmp_path: Path) 
     assert largest_difference(found, expected) < TOLERANCE
 
 
-def test_gradients_equal_those_of_transformers(tmp_path: Path) -> None:
-    model, decoder = reference_and_decoder("qwen3", tmp_path)
+@pytest.mark.parametrize("name", ["qwen3", "palm"])
+def test_gradients_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model, decoder = reference_and_decoder(name, tmp_path)
     ids = random_ids(length=12)
 
     for network, logits in ((model, model(ids).logits), (decoder, decoder(ids))):
@@ -105,8 +125,8 @@ def test_parameter_names_are_hugging_faces() -> None:
 
 def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path) -> None:
     _, decoder = reference_and_decoder("llama", tmp_path)
-    with pytest.raises(CheckpointError, match="BlockForm 'parallel'"):
-        Decoder(replace(decoder.spec, block=BlockForm.PARALLEL))
+    with pytest.raises(CheckpointError, match="Positions 'alibi'"):
+        Decoder(replace(decoder.spec, positions=Positions.ALIBI))
 
 
 def test_rotary_tables_stay_exact_in_a_bfloat16_decoder(tmp_path: Path) -> None:
