@@ -30,7 +30,7 @@ class Adapter:
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor], version: int, dtype: torch.dtype) -> Adapter:
-        """tensors: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank), scale in B."""
+        """tensors: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank), scale in B. Copied."""
         modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
         pairs: dict[str, LoraPair] = {}
         for module in modules:
@@ -39,11 +39,23 @@ class Adapter:
                 raise CheckpointError(
                     f"adapter {name!r}: {module} has no lora_{missing[0]}.weight; a pair needs A and B"
                 )
-            a, b = (tensors[f"{module}.lora_{end}.weight"].to(dtype) for end in ("A", "B"))
+            a, b = (tensors[f"{module}.lora_{end}.weight"].detach().to("cpu", dtype, copy=True) for end in ("A", "B"))
             if a.shape[0] != b.shape[1]:
                 raise CheckpointError(f"adapter {name!r}: {module} has rank {a.shape[0]} in A but {b.shape[1]} in B")
             pairs[module] = LoraPair(a, b)
         return cls(name, version, pairs)
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """shapes: (outputs, inputs) of every linear of the model. CheckpointError names the first that does not fit."""
+        for module, pair in self.pairs.items():
+            if module not in shapes:
+                raise CheckpointError(
+                    f"adapter {self.name!r}: the model has no linear {module!r}; its linears are named like "
+                    f"{next(iter(shapes))!r}"
+                )
+            found = (pair.b.shape[0], pair.a.shape[1])
+            if found != shapes[module]:
+                raise CheckpointError(f"adapter {self.name!r}: {module} is {found}; the model's is {shapes[module]}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class StepBatch:
     adapter_rows: Items[AdapterRows]
 
 
-def build_batch(chunks: Items[Chunk], adapters: dict[str, Adapter]) -> StepBatch:
+def build_batch(chunks: Items[Chunk]) -> StepBatch:
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -68,7 +68,7 @@ def build_batch(chunks: Items[Chunk], adapters: dict[str, Adapter]) -> StepBatch
         slots=torch.tensor(slots),
         decode_groups=groups,
         spans=spans,
-        adapter_rows=_adapter_rows(chunks, first_rows, adapters),
+        adapter_rows=_adapter_rows(chunks, first_rows),
     )
 
 
@@ -121,10 +121,13 @@ def _decode_group(members: Items[tuple[Chunk, int]]) -> DecodeGroup:
     )
 
 
-def _adapter_rows(chunks: Items[Chunk], first_rows: Items[int], adapters: dict[str, Adapter]) -> list[AdapterRows]:
-    rows: defaultdict[str, list[int]] = defaultdict(list)
+def _adapter_rows(chunks: Items[Chunk], first_rows: Items[int]) -> list[AdapterRows]:
+    rows: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+    adapters: dict[tuple[str, int], Adapter] = {}
     for chunk, first_row in zip(chunks, first_rows, strict=True):
-        name = chunk.sequence.request.adapter
-        if name is not None:
-            rows[name] += range(first_row, first_row + chunk.num_tokens)
-    return [AdapterRows(adapters[name], torch.tensor(indices)) for name, indices in rows.items()]
+        adapter = chunk.sequence.adapter
+        if adapter is not None:
+            key = (adapter.name, adapter.version)
+            adapters[key] = adapter
+            rows[key] += range(first_row, first_row + chunk.num_tokens)
+    return [AdapterRows(adapters[key], torch.tensor(indices)) for key, indices in rows.items()]

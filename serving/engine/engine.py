@@ -96,8 +96,33 @@ class Engine:
         return self.model.kernel_name
 
     def set_adapter(self, name: str, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Add or replace a low-rank adapter; requests that name it use the new one from the next step on."""
-        self._adapters[name] = Adapter.from_tensors(name, tensors, version, self.model.dtype)
+        """Add or replace a low-rank adapter, by a copy. A request keeps to the end the version it was submitted with.
+
+        tensors: see `Adapter.from_tensors`. `version` must rise each time. Raises CheckpointError for tensors that do
+        not fit the model, ValueError for a version that does not rise.
+        """
+        loaded = self._adapters.get(name)
+        if loaded is not None and version <= loaded.version:
+            raise ValueError(
+                f"adapter {name!r} is at version {loaded.version}; a new one must be higher, got {version}"
+            )
+        adapter = Adapter.from_tensors(name, tensors, version, self.model.dtype)
+        adapter.check_fits(self.model.linear_shapes())
+        self._adapters[name] = adapter
+
+    def replace_model(self, model: PreparedModel) -> None:
+        """Go on with other weights of the same form. Adapters and heads stay.
+
+        Raises RuntimeError while a request is in progress: its keys and values are the old weights'. ValueError if
+        the form or the type differs.
+        """
+        if self.has_work:
+            raise RuntimeError("the model cannot be replaced while requests are in progress; step until none are left")
+        if (model.spec, model.dtype) != (self.model.spec, self.model.dtype):
+            raise ValueError(
+                f"the engine runs {self.model.spec} in {self.model.dtype}; the new model is {model.spec} in {model.dtype}"
+            )
+        self.model = model
 
     def set_head(self, name: str, weight: Tensor) -> None:
         """Add or replace a head of `pool` requests. weight: (outputs, hidden)."""
@@ -179,7 +204,8 @@ class Engine:
                 request.sampling.stop,
                 strips_leading_space=self._tokenizer.strips_leading_space,
             )
-        return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer)
+        adapter = None if request.adapter is None else self._adapters[request.adapter]
+        return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer, adapter)
 
     def _drop_cancelled(self) -> tuple[list[EngineEvent], list[str]]:
         cancelled = [s for group in self._sequences.values() for s in group if s.is_cancelled]
@@ -191,7 +217,7 @@ class Engine:
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states of all rows. The plain path computes each sequence by itself, so batch = alone exactly."""
         groups = [[chunk] for chunk in chunks] if self.model.is_exact else [chunks]
-        parts = [run_step(self.model, self._cache, build_batch(group, self._adapters)) for group in groups]
+        parts = [run_step(self.model, self._cache, build_batch(group)) for group in groups]
         for chunk in chunks:
             self._num_prompt_tokens += max(0, min(chunk.end, chunk.sequence.num_prompt) - chunk.start)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -221,15 +247,15 @@ class Engine:
     def _generated_logprobs(
         self, logits: Tensor, ready: list[EngineSequence], ids: list[int]
     ) -> dict[int, TokenLogprob]:
-        by_count: dict[int, list[int]] = {}
+        alike: dict[tuple[int, float], list[int]] = {}
         for index, sequence in enumerate(ready):
             assert isinstance(sequence.request, GenerateRequest)
-            num_top = sequence.request.sampling.num_top_logprobs
-            if num_top is not None:
-                by_count.setdefault(num_top, []).append(index)
+            sampling = sequence.request.sampling
+            if sampling.num_top_logprobs is not None:
+                alike.setdefault((sampling.num_top_logprobs, sampling.logprob_temperature), []).append(index)
         found: dict[int, TokenLogprob] = {}
-        for num_top, indices in by_count.items():
-            values = token_logprobs(logits[indices], [ids[i] for i in indices], num_top)
+        for (num_top, temperature), indices in alike.items():
+            values = token_logprobs(logits[indices], [ids[i] for i in indices], num_top, temperature)
             found.update(zip(indices, values, strict=True))
         return found
 

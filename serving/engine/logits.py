@@ -29,6 +29,6 @@ def serving_logits(model: PreparedModel, ids: Tensor, *, chunk_tokens: int = 256
     parts: list[Tensor] = []
     while sequence.num_pending:
         chunks = scheduler.plan()
-        parts.append(model.head(run_step(model, cache, build_batch(chunks, {}))))
+        parts.append(model.head(run_step(model, cache, build_batch(chunks))))
         scheduler.commit(chunks)
     return torch.cat(parts)

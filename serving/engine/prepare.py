@@ -1,7 +1,8 @@
 """From a decoder as it lies on disk to what the engine multiplies by: fused projections, packed weights, one dtype.
 
 Names on disk and in training stay Hugging Face's; fusing q/k/v and gate/up and laying weights out for a kernel happen
-here and nowhere else. `exact=True` prepares the plain path: dequantised fp32 weights, nothing rounded.
+here and nowhere else. `exact=True` prepares the plain path: dequantised fp32 weights, nothing rounded. `prepare_live`
+copies weights in training, for roll-outs.
 """
 
 from __future__ import annotations
@@ -77,24 +78,48 @@ class PreparedModel:
     is_exact: bool
     kernel_name: KernelName
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of every linear of the layers, by its Hugging Face name."""
+        fused = (part for layer in self.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        return {name: (width, linear.kernel.in_features) for linear in fused for name, width in linear.parts}
+
 
 def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
-    """Prepare a decoder for inference. The decoder's own tensors are not changed; fp32 ones may be shared when exact."""
+    """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared."""
+    if exact:
+        return _prepare(decoder, KernelName.PLAIN, torch.float32, is_exact=True)
+    return _prepare(decoder, probe_kernel(), torch.bfloat16, is_exact=False)
+
+
+def prepare_live(decoder: Decoder, dtype: torch.dtype) -> PreparedModel:
+    """A copy of a model in training, for roll-outs: plain products in `dtype`, sequences in one batch, nothing packed.
+
+    The copy is whole: an optimizer step afterwards changes nothing in it.
+    """
+    return _prepare(decoder, KernelName.PLAIN, dtype, is_exact=False, copies=True)
+
+
+def _prepare(
+    decoder: Decoder, kernel_name: KernelName, dtype: torch.dtype, *, is_exact: bool, copies: bool = False
+) -> PreparedModel:
     spec = decoder.spec
-    kernel_name = KernelName.PLAIN if exact else probe_kernel()
-    dtype = torch.float32 if exact else torch.bfloat16
     rotary_form = ROTARY_FORMS[spec.positions]
     with torch.inference_mode():
+        embedding = decoder.model.embed_tokens.weight.detach().to(dtype, copy=copies)
+        if decoder.lm_head is None:
+            head_weight = embedding
+        else:
+            head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
         return PreparedModel(
             spec=spec,
             layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
-            embedding=decoder.model.embed_tokens.weight.detach().to(dtype),
+            embedding=embedding,
             final_norm=prepare_norm(decoder.model.norm, spec),
-            head=_prepare_head(decoder, kernel_name, exact=exact),
+            head=_prepare_head(head_weight, spec.logit_scale, kernel_name, is_exact=is_exact),
             rotary=partial(rotary_tables, rotary_form, rotary_frequencies(spec, torch.device("cpu"))),
             rotary_form=rotary_form,
             dtype=dtype,
-            is_exact=exact,
+            is_exact=is_exact,
             kernel_name=kernel_name,
         )
 
@@ -135,7 +160,7 @@ def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dt
 def _plain_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if isinstance(linear, QuantizedLinear):
         return linear.matrix.dequantize(dtype)
-    assert isinstance(linear, nn.Linear | nn.Embedding)
+    assert isinstance(linear, nn.Linear)
     return linear.weight.detach().to(dtype)
 
 
@@ -161,10 +186,11 @@ class DenseKernel:
         return nn.functional.linear(x, self._weight, self._bias)
 
 
-def _prepare_head(decoder: Decoder, kernel_name: KernelName, *, exact: bool) -> Callable[[Tensor], Tensor]:
-    weight = _plain_weight(decoder.lm_head or decoder.model.embed_tokens, torch.float32 if exact else torch.bfloat16)
-    head = DenseKernel(weight, None) if exact else FastHead(weight, _head_group_size(weight, kernel_name))
-    return head if decoder.spec.logit_scale == 1.0 else ScaledHead(head, decoder.spec.logit_scale)
+def _prepare_head(
+    weight: Tensor, logit_scale: float, kernel_name: KernelName, *, is_exact: bool
+) -> Callable[[Tensor], Tensor]:
+    head = DenseKernel(weight, None) if is_exact else FastHead(weight, _head_group_size(weight, kernel_name))
+    return head if logit_scale == 1.0 else ScaledHead(head, logit_scale)
 
 
 class ScaledHead:
@@ -179,7 +205,10 @@ class ScaledHead:
 
 
 class FastHead:
-    """Logits of few rows from 8-bit weights, of many rows from the bf16 ones, which the embedding keeps anyway."""
+    """Logits of few rows from 8-bit weights, of many rows from the plain ones, which the embedding keeps anyway.
+
+    `group_size` None: always from the plain ones.
+    """
 
     def __init__(self, weight: Tensor, group_size: int | None) -> None:
         self._weight = weight

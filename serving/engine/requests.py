@@ -27,6 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     num_top_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen token only
+    # Log-probabilities are those of softmax(logits / this). 1 is what the API reports; roll-outs give `temperature`.
+    logprob_temperature: float = 1.0
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -70,7 +72,10 @@ ToEngine: TypeAlias = GenerateRequest | ScoreRequest | PoolRequest | CancelReque
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Natural log under the model's own distribution (temperature 1, no penalties), as the field reports it."""
+    """Natural log under softmax(logits / `logprob_temperature`): before penalties, top-k and top-p.
+
+    At temperature 1 that is the model's own distribution, as the field reports it.
+    """
 
     token_id: int
     logprob: float

@@ -17,6 +17,8 @@ from serving.engine.requests import SamplingParams, TokenLogprob
 
 # Nucleus sampling looks at this many candidates first; only a flatter distribution needs the full sort.
 _NUM_CANDIDATES = 256
+# Probabilities summed up at once when whole distributions are drawn from: 8 MB in float64.
+_SUMMED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,19 @@ def sample(logits: torch.Tensor, rows: Rows[SamplingRow]) -> list[int]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sequences")
     penalised = _apply_penalties(logits, rows)
     ids: list[int] = [int(i) for i in penalised.argmax(dim=-1).tolist()]
+    whole: list[int] = []
     for index, row in enumerate(rows):
         if row.params.temperature > 0:
-            ids[index] = _draw(penalised[index], row)
+            if row.params.top_k is None and row.params.top_p >= 1.0:
+                whole.append(index)
+            else:
+                ids[index] = _draw_from_candidates(penalised[index], row)
+    num_together = max(1, _SUMMED_AT_ONCE // logits.shape[1])
+    for start in range(0, len(whole), num_together):
+        indices = whole[start : start + num_together]
+        drawn = _draw_from_all(penalised[indices], [rows[index] for index in indices])
+        for index, token_id in zip(indices, drawn, strict=True):
+            ids[index] = token_id
     return ids
 
 
@@ -75,15 +87,29 @@ def _penalise(logits: torch.Tensor, row: SamplingRow) -> None:
         logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(logits: torch.Tensor, row: SamplingRow) -> int:
+def _draw_from_all(logits: torch.Tensor, rows: Rows[SamplingRow]) -> list[int]:
+    """Inverse-CDF draws from whole rows after temperature: what many roll-outs at once need. A row's is its alone."""
+    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=logits.dtype)
+    probabilities = (logits / temperatures.unsqueeze(1)).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    uniform = torch.tensor([_uniform(row) for row in rows], dtype=torch.float64)
+    targets = uniform.unsqueeze(1) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    drawn: list[int] = found.clamp_(max=logits.shape[1] - 1).tolist()
+    return drawn
+
+
+def _draw_from_candidates(logits: torch.Tensor, row: SamplingRow) -> int:
     """Inverse-CDF draw from one row after temperature, top-k and top-p, in this order."""
-    params = row.params
-    uniform = uniform_draw(params.seed, row.choice_index, len(row.generated_ids))
-    scaled = logits / params.temperature
-    if params.top_k is None and params.top_p >= 1.0:
-        return _pick(scaled.softmax(dim=-1), uniform)
-    probabilities, ids = _candidates(scaled, params)
-    return int(ids[_pick(probabilities, uniform)])
+    probabilities, ids = _candidates(logits / row.params.temperature, row.params)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    target = torch.tensor(_uniform(row) * float(cumulative[-1]), dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, target, right=True))
+    return int(ids[min(index, ids.shape[0] - 1)])
+
+
+def _uniform(row: SamplingRow) -> float:
+    return uniform_draw(row.params.seed, row.choice_index, len(row.generated_ids))
 
 
 def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,16 +130,11 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     return probabilities[:num_kept], ids[:num_kept]
 
 
-def _pick(probabilities: torch.Tensor, uniform: float) -> int:
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
-    return min(index, probabilities.shape[0] - 1)
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprob]:
-    """Log-probabilities of chosen tokens under the model's own distribution. logits: (rows, vocabulary) float32."""
-    logprobs = logits.log_softmax(dim=-1)
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Rows[int], num_top: int, temperature: float = 1.0
+) -> list[TokenLogprob]:
+    """Log-probabilities of chosen tokens under softmax(logits / temperature). logits: (rows, vocabulary) float32."""
+    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(list(token_ids)).unsqueeze(1)).squeeze(1).tolist()
     if num_top == 0:
         return [TokenLogprob(i, value, []) for i, value in zip(token_ids, chosen, strict=True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE
 from serving.engine.requests import FinishReason, GenerateRequest, PoolRequest, ScoreRequest, TokenLogprob
@@ -20,6 +21,8 @@ class Sequence:
     ids: list[int]  # prompt, then generated tokens
     num_prompt: int
     detokenizer: Detokenizer | None = None
+    # The one loaded when the request came: its keys and values are of this version to the end.
+    adapter: Adapter | None = None
     blocks: list[int] = field(default_factory=list[int])
     num_cached: int = 0  # leading ids whose keys and values are in the cache
     is_cancelled: bool = False

@@ -64,6 +64,28 @@ def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32) -> Deco
     return decoder.eval()
 
 
+def decoder_from_tensors(config: Mapping[str, object], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Decoder:
+    """A decoder over weights that are already in memory, such as a model in training; no file is read.
+
+    config:  config.json's content
+    tensors: plain weights by their Hugging Face names; those in `dtype` on the CPU are shared, not copied
+    Raises CheckpointError for tensors that are missing, unexpected or of another shape.
+    """
+    decoder = Decoder(spec_from_config(config), dtype=dtype, device="meta")
+    expected = dict(decoder.state_dict())
+    unexpected = _unexpected_names(tensors, expected, tied=decoder.spec.tied_embeddings)
+    _refuse_names("have names that the model lacks", unexpected, "these weights")
+    _refuse_names("lack tensors", [name for name in expected if name not in tensors], "these weights")
+    taken: dict[str, Tensor] = {}
+    for name, wanted in expected.items():
+        if tensors[name].shape != wanted.shape:
+            found = tuple(tensors[name].shape)
+            raise CheckpointError(f"{name} is {found}; the configuration makes it {tuple(wanted.shape)}")
+        taken[name] = tensors[name].detach().to("cpu", dtype)
+    decoder.load_state_dict(taken, assign=True)
+    return decoder.requires_grad_(False).eval()
+
+
 def save_decoder(decoder: Decoder, directory: Path, config: Mapping[str, object]) -> None:
     """Write plain weights and config.json. CheckpointError if a linear is quantised: those have their own writer."""
     quantized = [name for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)]
@@ -160,7 +182,7 @@ def _is_zero_bias(name: str, file: Path) -> bool:
         return not bool(source.get_tensor(name).any())
 
 
-def _refuse_names(problem: str, names: list[str], directory: Path) -> None:
+def _refuse_names(problem: str, names: list[str], source: Path | str) -> None:
     if names:
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        raise CheckpointError(f"{directory} {problem}: {', '.join(names[:_NAMES_SHOWN])}{more}")
+        raise CheckpointError(f"{source} {problem}: {', '.join(names[:_NAMES_SHOWN])}{more}")

@@ -8,9 +8,11 @@ import msgspec
 import pytest
 import torch
 
+from quant.errors import CheckpointError
 from serving.engine.engine import Engine, EngineLimits
 from serving.engine.kv_blocks import KVLayout
-from serving.engine.prepare import prepare
+from serving.engine.logits import serving_logits
+from serving.engine.prepare import prepare, prepare_live
 from serving.engine.requests import (
     CancelRequest,
     EngineEvent,
@@ -24,7 +26,8 @@ from serving.engine.requests import (
     TokenEvent,
 )
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
-from tests.serving.engine.tiny import EOS, SPEC, make_decoder, prompt_of
+from serving.model.spec import DecoderSpec
+from tests.serving.engine.tiny import EOS, PALM_SPEC, SPEC, make_decoder, prompt_of
 
 pytestmark = pytest.mark.unit
 
@@ -188,6 +191,121 @@ def test_an_adapter_changes_only_the_rows_that_name_it() -> None:
             expected = [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
             assert found[request_id] == pytest.approx(expected, abs=1e-3)
             decoder.get_submodule(name).weight.add_(b @ a)  # type: ignore[operator]
+
+
+def adapter_of(scale: float, module: str = "model.layers.1.self_attn.v_proj") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(size, generator=generator) for size in ((4, 32), (16, 4)))
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b * scale}
+
+
+def with_adapter(request: GenerateRequest) -> GenerateRequest:
+    return msgspec.structs.replace(request, adapter="policy")
+
+
+def adapted_alone(scale: float, request: GenerateRequest) -> list[int]:
+    engine = make_engine()
+    engine.set_adapter("policy", adapter_of(scale), 1)
+    engine.submit(request)
+    return tokens(run(engine), request.request_id)
+
+
+def test_a_request_keeps_to_the_end_the_adapter_version_it_came_with() -> None:
+    """Also when preempted and computed again, and beside one that came after the new version."""
+    old, new = (with_adapter(generate(name, prompt_of(20, seed=i), max_tokens=40)) for i, name in enumerate("ab"))
+    engine = make_engine(num_blocks=6)
+    engine.set_adapter("policy", adapter_of(1.0), 1)
+    engine.submit(old)
+    events = engine.step().events + engine.step().events
+    engine.set_adapter("policy", adapter_of(-2.0), 2)
+    engine.submit(new)
+    events += run(engine)
+    assert tokens(events, "a") == adapted_alone(1.0, old) != adapted_alone(-2.0, old)
+    assert tokens(events, "b") == adapted_alone(-2.0, new) != adapted_alone(1.0, new)
+
+
+def test_training_an_adapter_on_after_it_was_set_changes_nothing_in_the_engine() -> None:
+    tensors, request = adapter_of(1.0), with_adapter(generate("a", prompt_of(20)))
+    engine = make_engine()
+    engine.set_adapter("policy", tensors, 1)
+    tensors["model.layers.1.self_attn.v_proj.lora_B.weight"].mul_(-3)
+    engine.submit(request)
+    assert tokens(run(engine), "a") == adapted_alone(1.0, request)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name() -> None:
+    engine = make_engine()
+    with pytest.raises(CheckpointError, match=r"no linear 'base_model\.v_proj'; .* like 'model\.layers\.0\.self_attn"):
+        engine.set_adapter("policy", adapter_of(1.0, "base_model.v_proj"), 1)
+    with pytest.raises(CheckpointError, match=r"q_proj is \(16, 32\); the model's is \(32, 32\)"):
+        engine.set_adapter("policy", adapter_of(1.0, "model.layers.0.self_attn.q_proj"), 1)
+    engine.set_adapter("policy", adapter_of(1.0), 4)
+    with pytest.raises(ValueError, match="at version 4; a new one must be higher, got 4"):
+        engine.set_adapter("policy", adapter_of(2.0), 4)
+
+
+def test_a_replaced_model_answers_as_if_it_had_been_the_first() -> None:
+    request = generate("a", prompt_of(21), temperature=1.0)
+    trained = make_decoder()
+    with torch.no_grad():
+        for layer in trained.iterate_layers():
+            layer.mlp.down_proj.weight.mul_(-2)  # type: ignore[union-attr, operator]
+    engine = make_engine()
+    engine.submit(request)
+    before = tokens(run(engine), "a")
+    engine.replace_model(prepare(trained, exact=True))
+    engine.submit(request)
+    after = tokens(run(engine), "a")
+    fresh = Engine(prepare(trained, exact=True), kv_bytes=1 << 20, tokenizer=None)
+    fresh.submit(request)
+    assert after == tokens(run(fresh), "a") != before
+
+
+def test_a_model_is_not_replaced_under_a_running_request_nor_by_one_of_another_form() -> None:
+    engine = make_engine()
+    engine.submit(generate("a", prompt_of(5)))
+    engine.step()
+    with pytest.raises(RuntimeError, match="while requests are in progress"):
+        engine.replace_model(engine.model)
+    run(engine)
+    with pytest.raises(ValueError, match="the new model is"):
+        engine.replace_model(prepare(make_decoder(replace(SPEC, num_layers=2)), exact=True))
+    with pytest.raises(ValueError, match=r"in torch\.bfloat16"):
+        engine.replace_model(prepare(make_decoder(), exact=False))
+
+
+@pytest.mark.parametrize("spec", [SPEC, PALM_SPEC], ids=["untied", "palm"])
+def test_live_weights_are_copied_whole(spec: DecoderSpec) -> None:
+    """An optimizer step after `prepare_live` must not reach a part of the weights that a roll-out reads."""
+    decoder, ids = make_decoder(spec), torch.tensor(prompt_of(30))
+    with torch.no_grad():
+        expected = decoder(ids.unsqueeze(0))[0]
+        live = prepare_live(decoder, torch.float32)
+        for parameter in decoder.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(serving_logits(live, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_a_live_batch_draws_what_each_sequence_draws_alone() -> None:
+    requests = [generate(f"r{i}", prompt_of(3 + 5 * i, seed=i), max_tokens=20, temperature=1.0) for i in range(8)]
+    engine = Engine(prepare_live(make_decoder(), torch.float32), kv_bytes=1 << 20, tokenizer=None)
+    for request in requests:
+        engine.submit(request)
+    together = run(engine)
+    for request in requests:
+        assert tokens(together, request.request_id) == tokens(alone(request), request.request_id)
+
+
+def test_logprobs_can_be_those_of_the_temperature_that_is_sampled_at() -> None:
+    prompt, temperature = prompt_of(6), 0.5
+    request = generate("a", prompt, temperature=temperature, num_top_logprobs=0, logprob_temperature=temperature)
+    events = alone(request)
+    ids = prompt + tokens(events, "a")
+    with torch.no_grad():
+        expected = (make_decoder()(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
+    found = [item.logprob for event in events if isinstance(event, TokenEvent) for item in event.logprobs or ()]
+    wanted = [float(expected[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_cancelled_sequence_frees_its_blocks_at_the_next_step_in_the_middle_of_prefill() -> None:

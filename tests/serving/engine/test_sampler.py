@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 
+from serving.engine import sampler
 from serving.engine.requests import SamplingParams
 from serving.engine.sampler import SamplingRow, sample, token_logprobs, uniform_draw
 
@@ -25,6 +26,16 @@ def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **changes
 def draws(logits: list[float], count: int, **changes: float | int | None) -> Counter[int]:
     rows = [row((), (), **{"temperature": 1.0, **changes, "seed": seed}) for seed in range(count)]
     return Counter(sample(torch.tensor([logits] * count), rows))
+
+
+def test_rows_drawn_together_get_what_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)) * 3
+    settings: list[dict[str, float | None]] = [{"temperature": 0.3 + i / 4, "seed": i} for i in range(6)]
+    rows = [row((1, 2), **changes) for changes in settings] + [row()]
+    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(7)]
+    assert sample(logits, rows) == alone
+    monkeypatch.setattr(sampler, "_SUMMED_AT_ONCE", 120)
+    assert sample(logits, rows) == alone
 
 
 def test_temperature_zero_takes_the_most_likely_token() -> None:

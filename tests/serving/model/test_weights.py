@@ -13,7 +13,7 @@ from quant.formats.autogptq import pack_linear
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import QuantizedMatrix
 from serving.model.transformer import Decoder
-from serving.model.weights import load_decoder, locate_tensors, read_config, save_decoder
+from serving.model.weights import decoder_from_tensors, load_decoder, locate_tensors, read_config, save_decoder
 from tests.serving.model.checkpoints import build_model, edit_config, random_ids, save_model
 
 pytestmark = pytest.mark.unit
@@ -204,3 +204,24 @@ def test_quantised_decoder_is_not_written_as_plain_weights(llama: Path) -> None:
     quantize_on_disk(llama)
     with pytest.raises(CheckpointError, match="cannot be written as plain weights"):
         save_decoder(load_decoder(llama), llama / "out", read_config(llama))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "palm"])
+def test_weights_in_memory_make_the_decoder_that_their_files_make(name: str, tmp_path: Path) -> None:
+    model = build_model(name)
+    save_model(model, tmp_path)
+    decoder = decoder_from_tensors(read_config(tmp_path), model.state_dict(), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(decoder(random_ids()), load_decoder(tmp_path)(random_ids()))
+    assert decoder.model.norm.weight.data_ptr() == model.get_parameter("model.norm.weight").data_ptr()
+
+
+def test_weights_in_memory_that_do_not_fit_are_named(llama: Path) -> None:
+    config, tensors = read_config(llama), load_file(llama / WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(CheckpointError, match=f"these weights lack tensors: {name}"):
+        decoder_from_tensors(config, {key: tensors[key] for key in tensors if key != name}, torch.float32)
+    with pytest.raises(CheckpointError, match=r"have names that the model lacks: base\.weight"):
+        decoder_from_tensors(config, {**tensors, "base.weight": torch.zeros(1)}, torch.float32)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is \(2,\); the configuration makes it \(80, 48\)"):
+        decoder_from_tensors(config, {**tensors, name: torch.zeros(2)}, torch.float32)
