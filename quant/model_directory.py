@@ -51,9 +51,17 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
+    """A file of rows that a model was made with.
+
+    rows:    rows used of it, also by source in `sources` where that is known
+    licence: "yes" if every row used may ship in weights, "no" if one may not; None if nobody looked
+    """
+
     name: str
     sha256: str
     rows: int
+    sources: Mapping[str, int] = field(default_factory=dict[str, int])
+    licence: Literal["yes", "no"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "version": manifest.version,
         "stage": manifest.stage,
         "parents": [{"name": parent.name, "sha256": parent.sha256} for parent in manifest.parents],
-        "data": [{"name": data.name, "sha256": data.sha256, "rows": data.rows} for data in manifest.data],
+        "data": [_record_of_data_file(data) for data in manifest.data],
         "config": manifest.config,
         "seed": manifest.seed,
         "metrics": manifest.metrics,
@@ -113,7 +121,7 @@ def _manifest_from_record(record: Mapping[str, object]) -> Manifest:
     if chat_format is not None and not isinstance(chat_format, str):
         raise TypeError("chat_format_sha256 is not a string")
     parents = [Parent(str(row["name"]), str(row["sha256"])) for row in _objects(record, "parents")]
-    data = [DataFile(str(row["name"]), str(row["sha256"]), int(str(row["rows"]))) for row in _objects(record, "data")]
+    data = [_data_file_from_record(row) for row in _objects(record, "data")]
     return Manifest(
         stage=stage,
         parents=tuple(parents),
@@ -122,6 +130,25 @@ def _manifest_from_record(record: Mapping[str, object]) -> Manifest:
         seed=seed,
         metrics=_object(record, "metrics"),
         chat_format_sha256=chat_format,
+    )
+
+
+def _record_of_data_file(data: DataFile) -> Mapping[str, JsonValue]:
+    record: dict[str, JsonValue] = {"name": data.name, "sha256": data.sha256, "rows": data.rows}
+    if data.sources:
+        record["sources"] = data.sources
+    if data.licence is not None:
+        record["licence"] = data.licence
+    return record
+
+
+def _data_file_from_record(record: Mapping[str, object]) -> DataFile:
+    licence = record.get("licence")
+    if licence not in ("yes", "no", None):
+        raise ValueError(f"licence is {licence!r}, expected yes or no")
+    sources = {source: int(str(rows)) for source, rows in _object(record, "sources").items()}
+    return DataFile(
+        str(record["name"]), str(record["sha256"]), int(str(record["rows"])), sources=sources, licence=licence
     )
 
 
