@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quant.model_directory import JsonValue, publish_directory
+from training.distributed import ONE_RANK, Ranks, full_tensor, like, on_all_ranks
 from training.errors import TrainingError
 
 _TENSORS = "state.safetensors"
@@ -49,24 +50,31 @@ def save_checkpoint(
     optimizers: Mapping[str, Optimizer],
     record: Mapping[str, JsonValue],
     tensors: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> None:
-    """Write `directory` whole. `record` and `tensors` come back from `restore_checkpoint` as they are."""
+    """Write `directory` whole. `record` and `tensors` come back from `restore_checkpoint` as they are.
+
+    All ranks call it; sharded tensors are put together, and the first rank writes.
+    """
     state: dict[str, Tensor] = {f"extra.{name}": tensor for name, tensor in (tensors or {}).items()}
     for module_name, module in modules.items():
         state |= {f"module.{module_name}.{name}": tensor for name, tensor in trainable(module).items()}
     for name, optimizer in optimizers.items():
         state |= _optimizer_tensors(name, optimizer)
-    state[_RNG_CPU] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state[_RNG_CUDA] = torch.cuda.get_rng_state()
-    with publish_directory(directory) as partial:
-        # Copies, because safetensors refuses views of one storage.
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, partial / _TENSORS)
-        (partial / _RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+    # Copies, because safetensors refuses views of one storage.
+    whole = {name: full_tensor(tensor.detach()).cpu().clone() for name, tensor in state.items()}
+    whole |= _generator_states(ranks)
+    if ranks.is_first:
+        with publish_directory(directory) as partial:
+            save_file(whole, partial / _TENSORS)
+            (partial / _RECORD).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def restore_checkpoint(
-    directory: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    directory: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    ranks: Ranks = ONE_RANK,
 ) -> tuple[Mapping[str, JsonValue], dict[str, Tensor]]:
     """Put modules, optimizers and generators back. Returns (record, tensors) of the stage.
 
@@ -76,15 +84,39 @@ def restore_checkpoint(
         state = load_file(directory / _TENSORS)
         record = cast("Mapping[str, JsonValue]", json.loads((directory / _RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"{directory} is not a readable checkpoint ({error}); delete it and resume again") from error
+        cure = "delete it and resume again"
+        raise TrainingError(f"{directory} is not a readable checkpoint ({error}); {cure}") from error
     for module_name, module in modules.items():
         _restore_module(directory, module, _under(state, f"module.{module_name}."))
     for name, optimizer in optimizers.items():
         _restore_optimizer(directory, optimizer, _under(state, f"optimizer.{name}."))
-    torch.set_rng_state(state[_RNG_CPU])
-    if torch.cuda.is_available() and _RNG_CUDA in state:
-        torch.cuda.set_rng_state(state[_RNG_CUDA])
+    _restore_generators(directory, state, ranks)
     return record, _under(state, "extra.")
+
+
+def _generator_states(ranks: Ranks) -> dict[str, Tensor]:
+    """Of every rank."""
+    states = {_of_rank(_RNG_CPU, rank): state for rank, state in enumerate(on_all_ranks(torch.get_rng_state(), ranks))}
+    if torch.cuda.is_available():
+        of_gpus = on_all_ranks(torch.cuda.get_rng_state(), ranks)
+        states |= {_of_rank(_RNG_CUDA, rank): state for rank, state in enumerate(of_gpus)}
+    return states
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return name if rank == 0 else f"{name}.{rank}"
+
+
+def _restore_generators(directory: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
+    num_ranks = sum(name.startswith(_RNG_CPU) for name in state)
+    if num_ranks != ranks.world_size:
+        raise TrainingError(
+            f"{directory} was written by {num_ranks} ranks, and {ranks.world_size} would go on; start {num_ranks}"
+        )
+    torch.set_rng_state(state[_of_rank(_RNG_CPU, ranks.rank)])
+    on_gpu = _of_rank(_RNG_CUDA, ranks.rank)
+    if torch.cuda.is_available() and on_gpu in state:
+        torch.cuda.set_rng_state(state[on_gpu])
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -112,18 +144,21 @@ def _restore_module(directory: Path, module: nn.Module, tensors: Mapping[str, Te
             if parameter.shape != tensors[name].shape:
                 found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
                 raise TrainingError(f"{directory}: {name} is {found}; these settings make it {wanted}")
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def _restore_optimizer(directory: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     whole = optimizer.state_dict()
-    num_parameters = sum(len(group["params"]) for group in whole["param_groups"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        if int(index) >= num_parameters:
-            raise TrainingError(f"{directory} holds state of parameter {index}; the optimizer has {num_parameters}")
-        states.setdefault(int(index), {})[key] = tensor
+        if int(index) >= len(parameters):
+            raise TrainingError(f"{directory} holds state of parameter {index}; the optimizer has {len(parameters)}")
+        parameter = parameters[int(index)]
+        # Moments are sharded as their parameter is; the step's count is one number.
+        placed = like(tensor, parameter) if tensor.shape == parameter.shape and tensor.dim() > 0 else tensor
+        states.setdefault(int(index), {})[key] = placed
     optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
 
 

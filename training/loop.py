@@ -9,9 +9,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol, TypeVar
@@ -29,6 +29,7 @@ from training.checkpoint import (
     save_checkpoint,
     trainable,
 )
+from training.distributed import ALONE, Spread, full_tensor
 from training.errors import TrainingError
 from training.run_log import RunLog
 from training.schedule import learning_rate_at
@@ -80,6 +81,7 @@ class Learner:
     optimizer: Optimizer
     step: int = 0
     record: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    spread: Spread = ALONE
 
 
 def run_directory(settings: RunSettings) -> Path:
@@ -110,26 +112,29 @@ def make_optimizer(model: nn.Module, settings: OptimSettings, learning_rate: flo
     )
 
 
-def accumulate(objective: Objective[B], batches: Sequence[B]) -> StepResult:
-    """Add the gradient of the weighted mean loss over `batches` to the parameters."""
+def accumulate(objective: Objective[B], batches: Sequence[B], spread: Spread = ALONE) -> StepResult:
+    """Add the gradient of the weighted mean loss over `batches` to the parameters.
+
+    batches: of all ranks; each computes its share, and the result is the same on all of them.
+    """
     total = sum(objective.weight(batch) for batch in batches)
     if total <= 0:
         raise TrainingError("a step has nothing to learn from: no batch of it holds a target")
-    sums: dict[str, float] = {"loss": 0.0}
-    for batch in batches:
-        loss, values = objective.loss(batch)
-        (loss / total).backward()
-        sums["loss"] += loss.item()
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value
+    sums: dict[str, float] = {}
+    for batch, counts in spread.share(batches):
+        loss, values = spread.call(partial(objective.loss, batch))
+        # Sharding takes the mean of the ranks' gradients; the loss is a sum over them.
+        (loss * (counts * spread.ranks.world_size / total)).backward()
+        for name, value in {"loss": loss.item(), **values}.items():
+            sums[name] = sums.get(name, 0.0) + counts * value
     num_tokens = sum(objective.num_tokens(batch) for batch in batches)
-    return StepResult({name: value / total for name, value in sums.items()}, num_tokens)
+    return StepResult({name: value / total for name, value in spread.sum(sums).items()}, num_tokens)
 
 
 def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> float:
     """Clip, step and clear. Returns the norm before clipping. Raises TrainingError if it is not a number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not bool(torch.isfinite(norm)):
         raise TrainingError(f"the gradient's norm is {float(norm)}; lower --learning-rate, or resume with another")
     for group in optimizer.param_groups:
@@ -155,24 +160,36 @@ def train_steps(
     """
     if settings.resume:
         resume(learner, run_dir)
-    with RunLog(run_dir, stage=stage, num_steps=num_steps, first_step=learner.step) as log, stop_on_signal() as stop:
+    spread = learner.spread
+    with _open_log(spread, run_dir, stage, num_steps, learner.step) as log, stop_on_signal() as stop:
         while learner.step < num_steps:
             values = _one_step(learner, objective, settings, num_steps)
             if after_step is not None:
-                values |= after_step(learner.step)
-            if learner.step % settings.log_every == 0 or learner.step == num_steps:
+                values |= spread.call(partial(after_step, learner.step))
+            if log is not None and (learner.step % settings.log_every == 0 or learner.step == num_steps):
                 log.record(learner.step, values)
-            if stop.is_set or learner.step % settings.checkpoint_every == 0:
+            is_stopping = spread.is_any(stop.is_set)
+            if is_stopping or learner.step % settings.checkpoint_every == 0:
                 save(learner, run_dir, settings.keep_checkpoints)
-            if stop.is_set:
+            if is_stopping:
                 return False
     return True
+
+
+def _open_log(
+    spread: Spread, run_dir: Path, stage: str, num_steps: int, first_step: int
+) -> AbstractContextManager[RunLog | None]:
+    if not spread.ranks.is_first:
+        return nullcontext()
+    return RunLog(run_dir, stage=stage, num_steps=num_steps, first_step=first_step)
 
 
 def resume(learner: Learner, run_dir: Path) -> None:
     checkpoint = latest_checkpoint(run_dir)
     assert checkpoint is not None  # run_directory has looked
-    record, _ = restore_checkpoint(checkpoint, {"model": learner.model}, {"optimizer": learner.optimizer})
+    record, _ = restore_checkpoint(
+        checkpoint, {"model": learner.model}, {"optimizer": learner.optimizer}, learner.spread.ranks
+    )
     learner.step = int(str(record["step"]))
     learner.record = record
 
@@ -183,8 +200,10 @@ def save(learner: Learner, run_dir: Path, keep: int) -> None:
         modules={"model": learner.model},
         optimizers={"optimizer": learner.optimizer},
         record={**learner.record, "step": learner.step},
+        ranks=learner.spread.ranks,
     )
-    remove_old_checkpoints(run_dir, keep)
+    if learner.spread.ranks.is_first:
+        remove_old_checkpoints(run_dir, keep)
 
 
 @contextmanager
@@ -247,7 +266,7 @@ def _one_step(
         warmup=settings.warmup,
         final_share=settings.final_learning_rate,
     )
-    result = accumulate(objective, objective.micro_batches(learner.step))
+    result = accumulate(objective, objective.micro_batches(learner.step), learner.spread)
     norm = optimizer_step(learner.optimizer, rate, settings.max_grad_norm)
     learner.step += 1
     elapsed = time.perf_counter() - started

@@ -74,8 +74,14 @@ def load_trunk(directory: Path, compute: Compute, adapters: AdapterSettings, *, 
     if adapters.method != "full":
         model = _add_lora(model, adapters)
     if checkpointing:
-        cast("Any", model).gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return Trunk(model.train(), tokenizer, load_chat_format(directory, tokenizer), directory, compute)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Gradient checkpointing, by the name that this transformers calls it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    cast("Any", enable or cast("Any", model).gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_chat_format(directory: Path, tokenizer: ModelTokenizer) -> ChatFormat | None:
