@@ -120,7 +120,8 @@ class Engine:
             raise RuntimeError("the model cannot be replaced while requests are in progress; step until none are left")
         if (model.spec, model.dtype) != (self.model.spec, self.model.dtype):
             raise ValueError(
-                f"the engine runs {self.model.spec} in {self.model.dtype}; the new model is {model.spec} in {model.dtype}"
+                f"the engine runs {self.model.spec} in {self.model.dtype}; "
+                f"the new model is {model.spec} in {model.dtype}"
             )
         self.model = model
 
