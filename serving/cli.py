@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quantize": ("quant.commands:quantize", "write a 4-bit GPTQ directory of a model, with a quality report"),
     "moderate": ("moderation.commands:moderate", "judge texts with the classifier that guards the server"),
     "train moderation": ("moderation.commands:train_moderation", "train that classifier from its sources"),
+    "train": ("training.commands:train", "pretrain, sft, reward, ppo, dpo, grpo: one stage of training"),
+    "evaluate": ("training.commands:evaluate", "measure a model, and decide whether it may replace another"),
     "models list": ("serving.commands:models_list", "the models that have a name, and which are prepared"),
 }
 

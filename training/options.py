@@ -69,7 +69,7 @@ def read_settings(
     parser = _parser(kind, stage, description, examples)
     arguments = vars(parser.parse_args(argv))
     recipe = arguments.pop("recipe")
-    from_recipe = read_recipe(recipe, stage, kind) if recipe is not None else {}
+    from_recipe = read_recipe(recipe, stage.split()[-1], kind) if recipe is not None else {}
     given = {name: value for name, value in arguments.items() if value is not None}
     return build_settings(kind, {**from_recipe, **given}, given=tuple(given))
 

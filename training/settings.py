@@ -16,6 +16,7 @@ Licences: TypeAlias = Literal["yes", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 _ADAPTERS = ("method", ("lora", "qlora"))
+_PTX = ("ptx", ("mixture",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class AdapterSettings:
 class PretrainSettings(OptimSettings, DataSettings):
     """A base model from random weights, and its tokenizer."""
 
+    conversations: tuple[Path, ...] = option((), "files of conversations whose text is learned as well")
     size: str = option("palm-2m", "named size; `causerie plan sizes` lists them")
     vocab_size: int | None = option(None, "of the tokenizer that is trained (default: the size's)", minimum=300)
     tokenizer: Path | None = option(None, "model directory whose tokenizer is used instead of training one")
@@ -128,7 +130,10 @@ class PpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings)
     """PPO against a reward model, held near a frozen reference, with pretraining text mixed in (arXiv:2203.02155)."""
 
     model: Path = option(..., "SFT model: the policy's start and the frozen reference")
-    reward_model: Path = option(..., "directory that `train reward` wrote")
+    reward_model: Path = option(..., "directory that `train reward` wrote; may have a trunk and tokenizer of its own")
+    critic_from: Literal["reward", "policy"] = option(
+        "reward", "the critic's start: the reward model with its head, or the policy's trunk with a head of zeros"
+    )
     iterations: int = option(50, "roll-out and update rounds", minimum=1)
     rollout_size: int = option(64, "answers of an iteration", minimum=1)
     batch_size: int = option(64, "answers of an optimizer step", minimum=1)
@@ -145,20 +150,23 @@ class PpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings)
     )
     kl_horizon: int = option(2000, "answers over which it adapts", applies=("kl_control", ("adaptive",)), minimum=1)
     clip: float = option(0.2, "of the policy's ratio", above=0)
-    value_clip: float = option(0.2, "of a value's change", above=0)
-    value_coefficient: float = option(0.5, "of the value loss", minimum=0)
+    value_clip: float = option(0.2, "of a value's change, in deviations of the reward model", above=0)
     entropy_coefficient: float = option(0.0, "of the entropy bonus", minimum=0)
     gamma: float = option(1.0, "discount", minimum=0, maximum=1)
     lam: float = option(0.95, "GAE", minimum=0, maximum=1)
     reward_clip: float | None = option(None, "scores are cut to [-X, X] deviations", above=0)
     missing_end_penalty: float = option(1.0, "taken off an answer that was cut off before its end", minimum=0)
+    ptx: Literal["none", "mixture"] = option("none", "mix log-likelihood of given rows into the objective")
     ptx_coefficient: float = option(
-        0.5, "of the log-likelihood of the PTX rows, added to the objective (InstructGPT: 27.8 on its scale)", minimum=0
+        0.5, "of their mean log-likelihood of a token, added to the objective", applies=_PTX, minimum=0
     )
-    ptx_text: tuple[Path, ...] = option((), "plain text rows of the PTX mixture")
-    ptx_conversations: tuple[Path, ...] = option((), "SFT rows of the PTX mixture")
-    ptx_text_share: float = option(0.5, "of plain text in the mixture", minimum=0, maximum=1)
-    ptx_length: int = option(256, "tokens of a PTX row", minimum=16)
+    ptx_text: tuple[Path, ...] = option((), "files of plain text", applies=_PTX)
+    ptx_conversations: tuple[Path, ...] = option((), "files of SFT rows; loss on the assistant's tokens", applies=_PTX)
+    ptx_text_share: float = option(0.5, "rows of plain text in the mixture", applies=_PTX, minimum=0, maximum=1)
+    ptx_batch_size: int = option(8, "rows of an optimizer step", applies=_PTX, minimum=1)
+    ptx_length: int = option(256, "tokens of a row", applies=_PTX, minimum=16)
+    eval_prompts: int = option(64, "prompts of --eval-data answered before and after, for the manifest", minimum=1)
+    checkpoint_every: int = option(10, "iterations between checkpoints", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,16 +199,33 @@ class GrpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings
     schedule: Schedule = option("constant", "after the warm-up")
     clip: float = option(0.2, "of the policy's ratio", above=0)
     kl_coefficient: float = option(0.04, "of the KL term in the loss", minimum=0)
+    divide_by_deviation: bool = option(True, "advantages in deviations of their group; off: arXiv:2503.20783")
+    reward_clip: float | None = option(None, "scores are cut to [-X, X] deviations", above=0)
     missing_end_penalty: float = option(1.0, "taken off an answer that was cut off before its end", minimum=0)
+    eval_prompts: int = option(64, "prompts of --eval-data answered before and after, for the manifest", minimum=1)
+    checkpoint_every: int = option(10, "iterations between checkpoints", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """What a model is measured by."""
+    """What a model is measured by, alone or beside the one it would replace."""
 
     model: Path = option(..., "model directory to judge")
     out: Path = option(..., "directory for the report; appears whole at the end")
     against: Path | None = option(None, "model that it would replace")
-    reward_model: Path | None = option(None, "judge of the win rate")
-    second_reward_model: Path | None = option(None, "another judge, to see over-optimisation")
-    seed: int = option(0, "of sampling", minimum=0)
+    reward_model: Path | None = option(None, "judge of the win rate: a directory that `train reward` wrote")
+    second_reward_model: Path | None = option(None, "another judge, to see over-optimisation of the first")
+    best_of: int = option(1, "answers to each prompt, of which the reward model chooses", minimum=1)
+    gate: Path | None = option(None, "TOML rules that the model must keep; exit code 1 if it does not")
+    measures: tuple[str, ...] = option((), "groups to compute (default: all that the other options allow)")
+    data: Path | None = option(None, "directory with eval/, moderation/, prompts/ and sft/ (default: CAUSERIE_DATA)")
+    texts: tuple[Path, ...] = option((), "plain text for the perplexity (default: DATA/eval/ppl_*)")
+    conversations: Path | None = option(None, "held-out conversations (default: DATA/sft/val)")
+    prompts: Path | None = option(None, "prompts for rewards, KL and lengths (default: DATA/prompts/val)")
+    max_prompts: int = option(64, "questions taken of each set, evenly spaced", minimum=1)
+    max_new_tokens: int = option(256, "longest answer", minimum=1)
+    max_text_bytes: int = option(50_000, "taken of each plain text", minimum=256)
+    temperature: float = option(1.0, "of sampling; 0 always takes the likeliest token", minimum=0)
+    seed: int = option(0, "of sampling and of bootstrap intervals", minimum=0)
+    precision: Literal["bfloat16", "float32"] = option("bfloat16", "of the engine; bfloat16 is what is served")
+    kv_megabytes: int = option(256, "KV cache of the engine", minimum=1)
