@@ -24,7 +24,10 @@ def test_manifest_survives_a_round_trip(tmp_path: Path) -> None:
     manifest = Manifest(
         stage="quantize",
         parents=(Parent("smollm2", "ab" * 32),),
-        data=(DataFile("calibration.jsonl", "cd" * 32, 128),),
+        data=(
+            DataFile("calibration.jsonl", "cd" * 32, 128),
+            DataFile("sft/train.jsonl", "ce" * 32, 3, sources={"ours": 2, "theirs": 1}, licence="no"),
+        ),
         config={"bits": 4, "symmetric": True, "group_size": None},
         seed=0,
         metrics={"perplexity": 12.5},
@@ -32,6 +35,14 @@ def test_manifest_survives_a_round_trip(tmp_path: Path) -> None:
     )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
+
+
+def test_manifest_written_before_sources_were_counted_is_still_read(tmp_path: Path) -> None:
+    data = [{"name": "calibration.jsonl", "sha256": "cd", "rows": 128}]
+    (tmp_path / "causerie.json").write_text(json.dumps({"version": 1, "stage": "quantize", "data": data}))
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert manifest.data == (DataFile("calibration.jsonl", "cd", 128, sources={}, licence=None),)
 
 
 def test_directory_without_manifest_has_none(tmp_path: Path) -> None:
@@ -49,6 +60,7 @@ def test_directory_without_manifest_has_none(tmp_path: Path) -> None:
         ('{"version": 1, "stage": "sft", "parents": 3}', "parents is not a list"),
         ('{"version": 1, "stage": "sft", "parents": [{"name": "a"}]}', "sha256"),
         ('{"version": 1, "stage": "sft", "seed": "x"}', "seed"),
+        ('{"version": 1, "stage": "sft", "data": [{"name": "a", "licence": "maybe"}]}', "licence is 'maybe'"),
     ],
 )
 def test_malformed_manifest_is_refused_with_what_was_wrong(tmp_path: Path, record: str, reason: str) -> None:

@@ -133,7 +133,8 @@ def load_documents(files: Sequence[Path], policy: LoadPolicy) -> Loaded[Document
 def load_rows(files: Sequence[Path], policy: LoadPolicy, decode: Callable[[bytes], AnyRow]) -> Loaded[AnyRow]:
     if not files:
         raise DataError("there is no data file; name one or more .jsonl files")
-    cleaner = _Cleaner(read_evaluation(policy.exclude), policy.licences)
+    evaluation = read_evaluation(policy.exclude, with_runs=decode is decode_document)
+    cleaner = _Cleaner(evaluation, policy.licences)
     rows: list[AnyRow] = []
     described: list[DataFile] = []
     for path in files:
@@ -208,7 +209,7 @@ def _decoded(
     for number, line in islice(lines, max_rows):
         try:
             yield decode(line)
-        except (RowError, msgspec.MsgspecError) as error:
+        except (RowError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(f"{path} line {number}: {error}") from error
 
 

@@ -26,20 +26,17 @@ __all__ = ["RUN_WORDS", "EvaluationTexts", "read_evaluation", "row_digest", "tex
 RUN_WORDS = 13
 _STRIDE = 4
 
-# Signs between digits are kept: 3 + 4 is not 3 - 4, and 2.5 is not 25.
-_SIGN_BETWEEN_DIGITS = re.compile(r"\d\s*[-+*/^.:]\s*\d")
-_NOT_TEXT_NOR_SIGN = re.compile(r"(?<=\d)\s*([-+*/^.:])\s*(?=\d)|[\W_]+")
 _NOT_TEXT = re.compile(r"[\W_]+")
+_SIGN_BETWEEN_DIGITS = re.compile(r"(\d)\s*([-+*/^.:])\s*(?=\d)")
 # Chinese and Japanese have no spaces: each of their characters counts as a word.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
 def text_key(text: str) -> str:
-    """Equal for texts that differ only in case, width, spaces and punctuation."""
+    """Equal for texts that differ only in case, width, spaces and punctuation; 3 + 4 is not 3 - 4, and 2.5 not 25."""
     folded = unicodedata.normalize("NFKC", text).lower()
-    if _SIGN_BETWEEN_DIGITS.search(folded):  # rare, and four times as slow
-        return _NOT_TEXT_NOR_SIGN.sub(r"\1", folded)
-    return _NOT_TEXT.sub("", folded) or folded.strip()
+    spelled = _SIGN_BETWEEN_DIGITS.sub(lambda found: f"{found[1]}sign{ord(found[2])}", folded)
+    return _NOT_TEXT.sub("", spelled) or folded.strip()
 
 
 def row_digest(row: Row) -> bytes:
@@ -55,7 +52,7 @@ def row_digest(row: Row) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTexts:
-    """What evaluation files hold. texts: digests of first user turns and of whole texts; runs: hashes of word runs."""
+    """What evaluation files hold. texts: digests of first user turns and whole texts; runs: hashes of runs of words."""
 
     texts: frozenset[bytes] = frozenset()
     runs: frozenset[int] = frozenset()
@@ -73,14 +70,18 @@ class EvaluationTexts:
         return bool(self.texts) and _digest([text]) in self.texts
 
 
-def read_evaluation(files: Sequence[Path]) -> EvaluationTexts:
-    """Of rows of any kind, evaluation prompts with further keys, and plain .txt files. Raises DataError."""
+def read_evaluation(files: Sequence[Path], *, with_runs: bool) -> EvaluationTexts:
+    """Of rows of any kind, evaluation prompts with further keys, and plain .txt files. Raises DataError.
+
+    with_runs: documents are to be compared; chats need no runs.
+    """
     texts: set[bytes] = set()
     runs: set[int] = set()
     for path in files:
         for text in _evaluation_texts(path):
             texts.add(_digest([text]))
-            runs.update(_runs(text, 1))
+            if with_runs:
+                runs.update(_runs(text, 1))
     return EvaluationTexts(frozenset(texts), frozenset(runs))
 
 
@@ -104,7 +105,7 @@ def _evaluation_texts(path: Path) -> Iterator[str]:
         for number, line in lines:
             try:
                 row = decoder.decode(line)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise DataError(f"{path} line {number}: {error}") from error
             text = _first_user_turn(row.messages or row.prompt) or row.text
             if not text:

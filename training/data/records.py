@@ -128,7 +128,7 @@ _DOCUMENT = msgspec.json.Decoder(_DocumentLine)
 
 
 def decode_conversation(line: bytes) -> Conversation:
-    """This and its siblings raise RowError or msgspec.MsgspecError for a line that is no such row."""
+    """This and its siblings raise RowError, msgspec.MsgspecError or UnicodeDecodeError for another line."""
     row = _CONVERSATION.decode(line)
     return Conversation(_turns(row.messages, "messages", last="assistant"), row.source, row.lang)
 
