@@ -62,6 +62,17 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataCheckSettings(DataSettings):
+    """Read files of rows as a stage would: name the first broken line, or say what would be used and left out."""
+
+    kind: Literal["auto", "conversations", "rankings", "prompts", "documents"] = option(
+        "auto", "of the rows; auto: by the keys of each file's first row"
+    )
+    clean: Path | None = option(None, "write the rows that are left to this .jsonl or .jsonl.gz file")
+    json: bool = option(False, "print the report as one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Which weights are trained: all of them, or low-rank adapters on a frozen trunk."""
 
@@ -109,6 +120,9 @@ class RewardSettings(OptimSettings, DataSettings, AdapterSettings):
 
     model: Path = option(..., "model directory of the trunk; may be smaller than the policy")
     length: int = option(1024, "longest conversation in tokens; longer ones lose their first turns", minimum=16)
+    held_out: float = option(
+        0.05, "share of the prompts for the report", applies=("eval_data", ((),)), above=0, maximum=0.5
+    )
     batch_size: int = option(16, "rankings of an optimizer step", minimum=1)
     micro_batch_size: int = option(4, "rankings of one forward pass; all answers of one stay together", minimum=1)
     epochs: float = option(1.0, "times the data is seen; more than one over-fits", above=0)

@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 from training.errors import DataError
 
@@ -156,7 +156,7 @@ class _ZstdFile(io.RawIOBase):
 
 def _decompressed(path: Path, content: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=content, mode="rb")
+        return cast("BinaryIO", gzip.GzipFile(fileobj=content, mode="rb"))
     if path.suffix == ".zst":
         new_frame, failure = _zstd_library(path)
         return io.BufferedReader(_ZstdFile(content, new_frame, failure))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -33,7 +34,7 @@ DECODERS = {
 }
 
 
-def line(row: dict[str, JsonValue]) -> bytes:
+def line(row: Mapping[str, JsonValue]) -> bytes:
     return json.dumps(row).encode()
 
 
