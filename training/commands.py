@@ -34,7 +34,9 @@ class Stage:
 
 
 STAGES: Mapping[str, Stage] = {
-    "data": Stage("DataCheckSettings", "training.data.check:run", "check and clean data files before anything is trained"),
+    "data": Stage(
+        "DataCheckSettings", "training.data.check:run", "check and clean data files before anything is trained"
+    ),
     "pretrain": Stage("PretrainSettings", "training.pretrain:run", "a base model and its tokenizer from text"),
     "sft": Stage("SftSettings", "training.sft:run", "a policy from a base model and conversations"),
     "reward": Stage("RewardSettings", "training.reward:run", "a reward model from ranked answers"),
@@ -42,7 +44,9 @@ STAGES: Mapping[str, Stage] = {
     "dpo": Stage("DpoSettings", "training.dpo:run", "direct preference optimisation on pairs"),
     "grpo": Stage("GrpoSettings", "training.grpo:run", "group-relative policy optimisation, no critic"),
 }
-EVALUATE = Stage("EvaluateSettings", "training.evaluate.run:run", "measure a model, and decide whether it may replace another")
+EVALUATE = Stage(
+    "EvaluateSettings", "training.evaluate.run:run", "measure a model, and decide whether it may replace another"
+)
 
 
 def train(argv: Sequence[str]) -> int:

@@ -254,9 +254,7 @@ def parts(rows: Sequence[B], size: int) -> list[Sequence[B]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _one_step(
-    learner: Learner, objective: Objective[B], settings: OptimSettings, num_steps: int
-) -> dict[str, float]:
+def _one_step(learner: Learner, objective: Objective[B], settings: OptimSettings, num_steps: int) -> dict[str, float]:
     started = time.perf_counter()
     rate = learning_rate_at(
         learner.step,

@@ -7,7 +7,8 @@ PaLM's (arXiv:2204.02311) or Llama's, by the size's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quant.model_directory import DataFile, Manifest
+from quant.model_directory import DataFile, JsonValue, Manifest
 from serving.model.tokenizer import ModelTokenizer
 from training.batches import Batch
 from training.data.load import LoadPolicy, load_conversations, load_documents
+from training.distributed import Ranks, Spread, join_ranks, spread_model
 from training.errors import TrainingError
+from training.improvement import loss_improvement
 from training.loop import (
     Learner,
     count_steps,
@@ -30,11 +33,12 @@ from training.loop import (
     train_steps,
 )
 from training.options import record_of
+from training.packed import PackedObjective, batch_logprobs
 from training.publish import finish_run
 from training.settings import AdapterSettings, PretrainSettings
 from training.sizes import ModelSize, config_of, find_size
 from training.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
-from training.trunk import Compute, Trunk, choose_compute, copy_text_files, final_hidden, manifest_config, target_logprobs
+from training.trunk import Compute, Trunk, choose_compute, copy_text_files, manifest_config, recompute_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +60,12 @@ class Texts:
 
 def run(settings: PretrainSettings) -> None:
     """Read, tokenize, train, publish. Raises TrainingError, DataError."""
+    compute = choose_compute(settings.device, settings.precision)
+    with join_ranks(compute.device) as ranks:
+        _run(settings, compute, ranks)
+
+
+def _run(settings: PretrainSettings, compute: Compute, ranks: Ranks) -> None:
     run_dir = run_directory(settings)
     torch.manual_seed(settings.seed)
     texts = read_texts(settings)
@@ -63,57 +73,61 @@ def run(settings: PretrainSettings) -> None:
     tokenizer = prepare_tokenizer(settings, texts, size, run_dir)
     rows = cut_rows(tokenizer, texts.train, settings.length)
     held_out = cut_rows(tokenizer, texts.held_out, settings.length)[:_HELD_OUT_ROWS]
-    compute = choose_compute(settings.device, settings.precision)
     model = build_model(size, tokenizer, settings.length).to(compute.device)
-    objective = PretrainObjective(model, compute, rows, settings)
-    learner = Learner(model, make_optimizer(model, settings))
+    if settings.gradient_checkpointing:
+        recompute_activations(model)
+    spread = spread_model(
+        model,
+        ranks,
+        settings.sharding,
+        device=compute.device,
+        precision=compute.precision,
+        cpu_offload=settings.cpu_offload,
+    )
+    before = row_losses(model, compute, held_out, settings.micro_batch_size, spread)
+    data = TextRows(rows, settings.batch_size, settings.micro_batch_size, settings.seed)
+    learner = Learner(model, make_optimizer(model, settings), spread=spread)
     num_steps = count_steps(rows.shape[0], settings.batch_size, settings.epochs, settings.max_steps)
-    is_done = train_steps(learner, objective, settings, run_dir, stage="pretrain", num_steps=num_steps)
-    if not is_done:
+    objective = PackedObjective(model, compute, data, settings.z_loss)
+    if not train_steps(learner, objective, settings, run_dir, stage="pretrain", num_steps=num_steps):
         return
-    loss = mean_loss(objective, held_out, settings.micro_batch_size)
-    num_tokens = num_steps * settings.batch_size * settings.length
-    metrics = {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "tokens": num_tokens}
+    after = row_losses(model, compute, held_out, settings.micro_batch_size, spread)
     manifest = Manifest(
         stage="pretrain",
         data=texts.files,
         config=manifest_config(record_of(settings)),
         seed=settings.seed,
-        metrics=metrics,
+        metrics=_metrics(settings, num_steps, before, after),
     )
     trunk = Trunk(model, tokenizer, None, run_dir / _TOKENIZER_FOLDER, compute)
-    finish_run(trunk, settings.out, run_dir, manifest, AdapterSettings(method="full"))
+    finish_run(trunk, settings.out, run_dir, manifest, AdapterSettings(method="full"), ranks=ranks)
 
 
-class PretrainObjective:
-    """Next-token cross-entropy plus z-loss on rows without padding."""
+def _metrics(
+    settings: PretrainSettings, num_steps: int, before: Sequence[float], after: Sequence[float]
+) -> dict[str, JsonValue]:
+    loss = statistics.fmean(after)
+    return {
+        "held_out_loss_before": statistics.fmean(before),
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        **loss_improvement(before, after),
+        "tokens": num_steps * settings.batch_size * settings.length,
+    }
 
-    def __init__(self, model: nn.Module, compute: Compute, rows: Tensor, settings: PretrainSettings) -> None:
-        """rows: (rows, length) int64 on the CPU."""
-        self._model, self._compute, self._rows, self._settings = model, compute, rows, settings
 
-    def micro_batches(self, step: int) -> Sequence[Tensor]:
-        settings = self._settings
-        chosen = rows_of_step(
-            step, num_rows=self._rows.shape[0], batch_size=settings.batch_size, seed=settings.seed
-        )
-        return [self._rows[list(part)] for part in parts(chosen, settings.micro_batch_size)]
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """rows: (rows, length) int64 on the CPU, without padding."""
 
-    def weight(self, batch: Tensor) -> float:
-        return float(batch.shape[0] * (batch.shape[1] - 1))
+    rows: Tensor
+    batch_size: int
+    micro_batch_size: int
+    seed: int
 
-    def num_tokens(self, batch: Tensor) -> int:
-        return batch.numel()
-
-    def loss(self, batch: Tensor) -> tuple[Tensor, Mapping[str, float]]:
-        with self._compute.autocast():
-            hidden = final_hidden(self._model, row_batch(batch.to(self._compute.device)))
-            predictors = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            logprobs, log_z = target_logprobs(self._model, predictors, batch[:, 1:].reshape(-1).to(hidden.device))
-        cross_entropy = -logprobs.sum()
-        # PaLM's auxiliary loss keeps log Z near 0, so that bfloat16 logits stay small (section 5).
-        loss = cross_entropy + self._settings.z_loss * log_z.square().sum()
-        return loss, {"cross_entropy": float(cross_entropy.detach())}
+    def micro_batches(self, step: int) -> list[Batch]:
+        chosen = rows_of_step(step, num_rows=self.rows.shape[0], batch_size=self.batch_size, seed=self.seed)
+        return [row_batch(self.rows[list(part)]) for part in parts(chosen, self.micro_batch_size)]
 
 
 def row_batch(rows: Tensor) -> Batch:
@@ -126,14 +140,14 @@ def row_batch(rows: Tensor) -> Batch:
 
 
 @torch.no_grad()
-def mean_loss(objective: PretrainObjective, rows: Tensor, micro_batch_size: int) -> float:
-    """Cross-entropy of a token in nats, over held-out rows."""
-    total = weight = 0.0
-    for start in range(0, rows.shape[0], micro_batch_size):
-        batch = rows[start : start + micro_batch_size]
-        total += objective.loss(batch)[1]["cross_entropy"]
-        weight += objective.weight(batch)
-    return total / weight
+def row_losses(model: nn.Module, compute: Compute, rows: Tensor, micro_batch_size: int, spread: Spread) -> list[float]:
+    """Mean cross-entropy of each row, in nats per token."""
+    losses: list[float] = []
+    for part in rows.split(micro_batch_size):
+        batch = row_batch(part)
+        logprobs, _ = spread.call(lambda batch=batch: batch_logprobs(model, compute, batch))
+        losses += (-logprobs.view(part.shape[0], -1).mean(dim=1)).tolist()
+    return losses
 
 
 def model_size(settings: PretrainSettings) -> ModelSize:
@@ -201,4 +215,3 @@ def initialise(model: nn.Module, num_layers: int) -> None:
         elif parameter.dim() == 2:
             is_residual = "o_proj" in name or "down_proj" in name
             nn.init.normal_(parameter, std=(parameter.shape[1] * (2 * num_layers if is_residual else 1)) ** -0.5)
-

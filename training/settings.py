@@ -159,9 +159,7 @@ class PpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings)
     critic_warmup: int = option(0, "first iterations in which only the critic learns", minimum=0)
     kl_control: Literal["fixed", "adaptive", "lagrangian"] = option("adaptive", "how the KL coefficient moves")
     kl_coefficient: float = option(0.05, "per token, at the start", minimum=0)
-    kl_target: float = option(
-        4.0, "nats of an answer", applies=("kl_control", ("adaptive", "lagrangian")), above=0
-    )
+    kl_target: float = option(4.0, "nats of an answer", applies=("kl_control", ("adaptive", "lagrangian")), above=0)
     kl_horizon: int = option(2000, "answers over which it adapts", applies=("kl_control", ("adaptive",)), minimum=1)
     clip: float = option(0.2, "of the policy's ratio", above=0)
     value_clip: float = option(0.2, "of a value's change, in deviations of the reward model", above=0)

@@ -32,7 +32,9 @@ CHAT_TEMPLATE: Final = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of exactly `vocab_size` tokens. Raises TrainingError if the texts do not yield so many."""
     if vocab_size < _MIN_VOCAB_SIZE:
-        raise TrainingError(f"vocab_size must be at least {_MIN_VOCAB_SIZE} (bytes and special tokens); found {vocab_size}")
+        raise TrainingError(
+            f"vocab_size must be at least {_MIN_VOCAB_SIZE} (bytes and special tokens); found {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -47,7 +49,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
-        raise TrainingError(f"the data yields only {found:,} of {vocab_size:,} tokens; give more text, or a smaller --vocab-size")
+        raise TrainingError(
+            f"the data yields only {found:,} of {vocab_size:,} tokens; give more text, or a smaller --vocab-size"
+        )
     return tokenizer
 
 
@@ -62,7 +66,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     ends = [tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)]
-    generation = {"eos_token_id": ends, "pad_token_id": tokenizer.token_to_id(PAD), "do_sample": True, "temperature": 0.7}
+    generation = {
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "do_sample": True,
+        "temperature": 0.7,
+    }
     _write_json(directory / "tokenizer_config.json", config)
     _write_json(directory / "generation_config.json", generation)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

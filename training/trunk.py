@@ -6,7 +6,9 @@ Weights that learn are float32 and matrix products run in the run's precision; a
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import CheckpointError
-from quant.model_directory import MODEL_FILE_NAMES, JsonValue, Manifest, publish_directory, write_manifest
+from quant.model_directory import MODEL_FILE_NAMES, JsonValue
 from serving.model.chat_format import ChatFormat, NoChatTemplateError
 from serving.model.tokenizer import ModelTokenizer
 from training.batches import Batch, attention_mask, is_plain_causal
@@ -47,13 +49,17 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """model: a transformers causal LM, or peft's wrapper of one. chat_format: None for a base model."""
+    """model:      a transformers causal LM, or peft's wrapper of one
+    chat_format:   None for a base model
+    chat_template: to write with the model where it is not the source's own
+    """
 
     model: nn.Module
     tokenizer: ModelTokenizer
     chat_format: ChatFormat | None
     source: Path
     compute: Compute
+    chat_template: str | None = None
 
 
 def choose_compute(device: str, precision: Precision) -> Compute:
@@ -100,9 +106,10 @@ def load_plain_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     if (directory / "quantize_config.json").is_file():
         raise CheckpointError(f"{directory} is quantised; train the model that it was made from, then quantise again")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
-        )
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} cannot be loaded for training: {' '.join(str(error).split())}") from error
 
@@ -192,34 +199,51 @@ class _FrozenHead(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
-def save_model(
-    trunk: Trunk, target: Path, manifest: Manifest, adapters: AdapterSettings, extra: Mapping[str, str] | None = None
-) -> None:
-    """Publish `target` whole: plain weights (adapters merged, and kept beside them), tokenizer, chat format, manifest.
+def write_weights(trunk: Trunk, directory: Path, adapters: AdapterSettings, state: Mapping[str, Tensor]) -> None:
+    """config.json and plain weights; with adapters the merged ones in the source's dtype, and `adapter/` as peft's.
 
-    extra: further text files by name.
+    state: the whole state of `trunk.model`, by name (`distributed.full_tensors`).
     """
-    with publish_directory(target) as partial:
-        write_weights(trunk, partial, adapters)
-        copy_text_files(trunk.source, partial)
-        for name, text in (extra or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        write_manifest(partial, manifest)
-
-
-def write_weights(trunk: Trunk, directory: Path, adapters: AdapterSettings) -> None:
-    """config.json and plain weights in the source's dtype; with adapters also `adapter/` as peft writes it."""
     if adapters.method == "full":
         # The float32 weights themselves: rounding between stages would be lost training.
-        cast("Any", trunk.model).save_pretrained(str(directory))
+        _save(trunk.model, directory, state)
         return
     from peft import PeftModel
 
-    cast("Any", trunk.model).save_pretrained(str(directory / ADAPTER_FOLDER))
+    _save(trunk.model, directory / ADAPTER_FOLDER, state)
     # Merged into the source as stored, not into the run's copy of it, which may be in bfloat16 or 4 bits.
     plain = load_plain_model(trunk.source, torch.float32)
-    merged = PeftModel.from_pretrained(plain, str(directory / ADAPTER_FOLDER)).merge_and_unload()
-    merged.to(stored_dtype(trunk.source)).save_pretrained(str(directory))
+    with _quiet():
+        merged = PeftModel.from_pretrained(plain, str(directory / ADAPTER_FOLDER)).merge_and_unload()
+    _tidy_adapter(directory / ADAPTER_FOLDER, trunk.source.name)
+    _save(merged.to(stored_dtype(trunk.source)), directory, None)
+
+
+def _save(model: nn.Module, directory: Path, state: Mapping[str, Tensor] | None) -> None:
+    with _quiet():
+        cast("Any", model).save_pretrained(str(directory), state_dict=state)
+
+
+def _tidy_adapter(directory: Path, trunk_name: str) -> None:
+    """peft notes where the trunk lies on this machine, and adds an empty model card."""
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "base_model_name_or_path": trunk_name}, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Without transformers' own bars: a run has one of its own. Without what peft still calls by its older name."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def copy_text_files(source: Path, target: Path) -> None:
@@ -277,7 +301,8 @@ def _add_lora(model: nn.Module, adapters: AdapterSettings) -> nn.Module:
         lora_dropout=adapters.lora_dropout,
         target_modules=list(_ADAPTED),
     )
-    return get_peft_model(cast("Any", model), config)
+    with _quiet():
+        return get_peft_model(cast("Any", model), config)
 
 
 def manifest_config(record: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
