@@ -19,6 +19,7 @@ from serving.log import LogFormat
 from serving.setting_values import boolean, choice, integer, member, names, number, optional, path, size, text
 
 __all__ = [
+    "DEFAULT_ORIGIN",
     "ConfigError",
     "LimitsConfig",
     "LoadedConfig",
@@ -32,6 +33,8 @@ __all__ = [
 ENV_PREFIX = "CAUSERIE_"
 API_KEY_VARIABLE = "CAUSERIE_API_KEY"
 CONFIG_VARIABLE = "CAUSERIE_CONFIG"
+# The origin of a setting that nobody gave.
+DEFAULT_ORIGIN = "default"
 # Read elsewhere (by the cache and the start script), so not unknown here.
 _OTHER_VARIABLES = (
     *(API_KEY_VARIABLE, CONFIG_VARIABLE, "CAUSERIE_CACHE"),
@@ -233,7 +236,7 @@ def load_config(
     """`flags` maps setting keys to what was given on the command line. Raises ConfigError."""
     known = {setting.key: setting for setting in settings()}
     values: dict[str, object] = {key: setting.default for key, setting in known.items()}
-    origins = dict.fromkeys(known, "default")
+    origins = dict.fromkeys(known, DEFAULT_ORIGIN)
     if config_file is None and environ.get(CONFIG_VARIABLE):
         config_file = Path(environ[CONFIG_VARIABLE]).expanduser()
     for source in (_from_file(config_file, known), _from_environment(environ, known), _from_flags(flags, known)):

@@ -14,12 +14,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from quant.errors import CheckpointError
 from quant.model_directory import JsonValue, hash_directory, read_manifest
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
+# Trained by this product's own pipeline; its 4-bit directory comes with the installation.
+RELEASED_MODEL: Final = "causerie-tiny"
+# By place, in a checkout as in an installation: serving may not import training.
+RELEASE_FOLDER: Final = Path(__file__).resolve().parents[1] / "training" / "release"
 MB: Final = 1_000_000
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Bound to how preparation works: raising it prepares every model anew, beside what older versions left.
@@ -68,11 +72,12 @@ class ModelReference:
 class NamedModel:
     """An open model known to work. Bytes are what is downloaded; memory is the engine's with the default cache.
 
-    `sampling` are the defaults that its authors recommend where its generation_config.json names none.
+    `hub_id` None: its directory, ready to serve, comes with the installation. `sampling` are the defaults that its
+    authors recommend where its generation_config.json names none.
     """
 
     name: str
-    hub_id: str
+    hub_id: str | None
     licence: str
     parameters: int
     download_bytes: int
@@ -85,6 +90,7 @@ class NamedModel:
     def reference(self) -> ModelReference:
         return ModelReference(
             slug=self.name,
+            directory=RELEASE_FOLDER / self.name if self.hub_id is None else None,
             hub_id=self.hub_id,
             revision=self.revision,
             package=self.package,
@@ -177,6 +183,14 @@ NAMED_MODELS: Final = (
         download_bytes=16_400 * MB,
         memory_bytes=7_500 * MB,
     ),
+    NamedModel(
+        name=RELEASED_MODEL,
+        hub_id=None,
+        licence="Apache-2.0",
+        parameters=8_521_984,
+        download_bytes=0,
+        memory_bytes=300 * MB,
+    ),
 )
 
 
@@ -195,8 +209,8 @@ def resolve(model: str) -> ModelReference:
     Raises CheckpointError that says what a MODEL can be.
     """
     for named in NAMED_MODELS:
-        if model.lower() in (named.name, named.hub_id.lower()):
-            return named.reference()
+        if model.lower() in (named.name, (named.hub_id or named.name).lower()):
+            return _require_installed(named.reference())
     path = Path(model).expanduser()
     if model and path.is_dir():
         return ModelReference(slug=_slug(path.absolute().name), directory=path.absolute())
@@ -210,6 +224,15 @@ def resolve(model: str) -> ModelReference:
     raise CheckpointError(
         f"model {model!r} is neither a known name, nor an existing directory, nor a hub id (owner/name); {hint}"
     )
+
+
+def _require_installed(reference: ModelReference) -> ModelReference:
+    if reference.directory is not None and not (reference.directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{reference.slug} comes with causerie, but this installation has no {reference.directory}; "
+            "install it again, or choose another model of `causerie models list`"
+        )
+    return reference
 
 
 def _slug(text: str) -> str:
@@ -250,7 +273,13 @@ def is_published(directory: Path) -> bool:
     return directory.is_dir() and read_manifest(directory) is not None
 
 
-def model_state(cache: Path, reference: ModelReference) -> Literal["prepared", "downloaded", "not downloaded"]:
+ModelState: TypeAlias = Literal["included", "missing", "prepared", "downloaded", "not downloaded"]
+
+
+def model_state(cache: Path, reference: ModelReference) -> ModelState:
+    """Of a named model; `included` and `missing` are of those that come with the installation."""
+    if reference.directory is not None:
+        return "included" if is_published(reference.directory) else "missing"
     folder = model_folder(cache, reference)
     if is_published(prepared_directory(folder, reference)):
         return "prepared"

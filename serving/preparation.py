@@ -1,8 +1,9 @@
 """Makes a model ready to serve: fetches its source, quantises it into the cache, and reuses what is there.
 
 `prepare_model` is the library call; `python -m serving.preparation MODEL` runs it as a child process that prints JSON
-lines: {"stage", "done", "total"} …, then {"ready": "<directory>"} or {"error": "<one line>"}. Safe to interrupt at any
-moment, and to start twice at once: a model's folder is written under a file lock, and directories appear whole.
+lines: {"stage", "done", "total"} …, then {"ready": "<directory>"} or {"error": "<one line>", "is_unavailable": …}, true
+where no source could be reached. Safe to interrupt at any moment, and to start twice at once: a model's folder is
+written under a file lock, and directories appear whole.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ _WAIT_STAGE: Final = "Waiting for another start that prepares this model"
 def prepare_model(model: str, cache: Path, progress: ProgressSink, quantize: Quantize | None = None) -> Path:
     """Returns a directory that `serve` takes; makes it first if need be. `model` is what `resolve` understands.
 
-    A directory that is already quantised is returned as it is. Raises CheckpointError or QuantizationError with one
-    line on what to do. Contacts nobody when the model is prepared already.
+    A directory that is already quantised is returned as it is. Contacts nobody when the model is prepared already.
+    Raises CheckpointError or QuantizationError with one line on what to do; SourceUnavailableError where the weights
+    could not be had from anywhere.
     """
     reference = resolve(model)
     if reference.directory is not None:
@@ -126,7 +128,7 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
             failures.append(str(error))
             if fetch is not fetch_from_hub_cache:
                 logger.warning("%s%s", error, "; trying the next source" if fetch is not fetchers[-1] else "")
-    raise CheckpointError(
+    raise SourceUnavailableError(
         f"{reference.hub_id} could not be fetched: {'; '.join(failures[1:])}; check the network, "
         "HF_ENDPOINT and HF_TOKEN, or give a directory that holds the model"
     )
@@ -177,6 +179,8 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + interruption.signum
     except BrokenPipeError:
         return 1  # nobody listens any more
+    except SourceUnavailableError as error:
+        return _fail(str(error), is_unavailable=True)
     except (CheckpointError, QuantizationError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -190,8 +194,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
-    print(json.dumps({"error": " ".join(message.split())}), flush=True)
+def _fail(message: str, *, is_unavailable: bool = False) -> int:
+    print(json.dumps({"error": " ".join(message.split()), "is_unavailable": is_unavailable}), flush=True)
     return 1
 
 

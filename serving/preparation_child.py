@@ -15,6 +15,7 @@ import msgspec
 from quant.errors import CheckpointError
 from quant.progress import ProgressSink
 from serving.child_process import child_environment, python_command
+from serving.model_sources import SourceUnavailableError
 from serving.models import cache_directory, is_published, is_quantized, model_folder, prepared_directory, resolve
 
 __all__ = ["find_prepared", "prepare_in_child"]
@@ -31,6 +32,7 @@ class _Line(msgspec.Struct, frozen=True):
     total: float = 0.0
     ready: str | None = None
     error: str | None = None
+    is_unavailable: bool = False
 
 
 def find_prepared(model: str) -> Path | None:
@@ -43,7 +45,10 @@ def find_prepared(model: str) -> Path | None:
 
 
 async def prepare_in_child(model: str, progress: ProgressSink) -> Path:
-    """Returns the directory to serve. Cancelling it stops the child. Raises CheckpointError with the child's reason."""
+    """Returns the directory to serve. Cancelling it stops the child.
+
+    Raises CheckpointError with the child's reason; SourceUnavailableError where the weights could not be fetched.
+    """
     child = await asyncio.create_subprocess_exec(
         *python_command("serving.preparation", model),
         stdin=asyncio.subprocess.DEVNULL,
@@ -66,7 +71,8 @@ async def prepare_in_child(model: str, progress: ProgressSink) -> Path:
         await _stop(child)
     if outcome is None or outcome.ready is None:
         reason = outcome.error if outcome is not None else None
-        raise CheckpointError(reason or f"the preparation of {model} ended with exit code {child.returncode}")
+        refused = SourceUnavailableError if outcome is not None and outcome.is_unavailable else CheckpointError
+        raise refused(reason or f"the preparation of {model} ended with exit code {child.returncode}")
     return Path(outcome.ready)
 
 

@@ -16,25 +16,28 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quant.errors import CheckpointError
 from quant.progress import BarProgress, LineProgress, ProgressSink
-from serving.config import LoadedConfig, ServeConfig, is_loopback
+from serving.config import DEFAULT_ORIGIN, LoadedConfig, ServeConfig, is_loopback
 from serving.engine.client import EngineClient
 from serving.engine.wire import EngineSettings
 from serving.gateway.ports import GatewaySettings, Preparation, Readiness, RequestLimits, ServedModel
 from serving.listening import base_url, open_listener
 from serving.log import configure_logging
 from serving.metrics import Metrics
-from serving.models import resolve
+from serving.model_sources import SourceUnavailableError
+from serving.models import RELEASED_MODEL, resolve
 from serving.preparation_child import find_prepared, prepare_in_child
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["engine_settings", "gateway_settings", "run_server"]
+__all__ = ["engine_settings", "gateway_settings", "model_to_serve", "run_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +109,8 @@ class Server:
 
     async def _bring_up(self) -> None:
         """Prepared model, engine, tokenizer: after this, requests are answered."""
-        directory = await self._prepared_directory()
-        model_id, texts = await self._start_engine(directory)
+        model, directory = await model_to_serve(self._loaded, self._prepared_directory)
+        model_id, texts = await self._start_engine(model, directory)
         assert self._engine.max_context is not None
         self._readiness.model = texts.served_as(model_id, self._engine.max_context)
         self._readiness.preparation = None
@@ -115,20 +118,20 @@ class Server:
         gc.freeze()  # what is loaded stays: later collections need not walk it
         self._announce_ready(self._readiness.model)
 
-    async def _prepared_directory(self) -> Path:
-        found = await asyncio.to_thread(find_prepared, self._config.model)
+    async def _prepared_directory(self, model: str) -> Path:
+        found = await asyncio.to_thread(find_prepared, model)
         if found is not None:
             return found
         self._readiness.preparation = Preparation(stage="Starting")
         with contextlib.ExitStack() as stack:
             shown: ProgressSink = stack.enter_context(BarProgress()) if sys.stderr.isatty() else LineProgress()
-            return await prepare_in_child(self._config.model, _ProgressToPage(self._readiness, shown))
+            return await prepare_in_child(model, _ProgressToPage(self._readiness, shown))
 
-    async def _start_engine(self, directory: Path):  # noqa: ANN202 - the type is imported late
+    async def _start_engine(self, model: str, directory: Path):  # noqa: ANN202 - the type is imported late
         def load_texts():  # noqa: ANN202
             from serving.served_model import load_texts, model_id_of
 
-            return model_id_of(self._config.model), load_texts(directory)
+            return model_id_of(model), load_texts(directory)
 
         self._readiness.preparation = Preparation(stage="Loading the model")
         _, loaded = await asyncio.gather(self._engine.start(directory), asyncio.to_thread(load_texts))
@@ -243,6 +246,33 @@ def gateway_settings(loaded: LoadedConfig) -> GatewaySettings:
         ),
         stall_after_s=config.stall_after_s,
     )
+
+
+async def model_to_serve(loaded: LoadedConfig, prepare: Callable[[str], Awaitable[Path]]) -> tuple[str, Path]:
+    """The model to serve and its directory, made by `prepare` if need be.
+
+    Where the default model cannot be fetched, the one that comes with the installation takes its place, and a line
+    says so. Who named a model gets that one or its error.
+    """
+    model = loaded.config.model
+    try:
+        return model, await prepare(model)
+    except SourceUnavailableError as unavailable:
+        released = None
+        if loaded.origins["model"] == DEFAULT_ORIGIN:
+            released = await asyncio.to_thread(_find_released)
+        if released is None:
+            raise
+        print(f"serving {RELEASED_MODEL}, which comes with causerie, instead of {model}: {unavailable}", flush=True)
+        return RELEASED_MODEL, released
+
+
+def _find_released() -> Path | None:
+    """None where the installation lacks it: then the reason why the default model is not there counts."""
+    try:
+        return find_prepared(RELEASED_MODEL)
+    except CheckpointError:
+        return None
 
 
 def _import_all(modules: tuple[str, ...]) -> None:

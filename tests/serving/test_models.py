@@ -10,10 +10,12 @@ import pytest
 
 from quant.errors import CheckpointError
 from quant.model_directory import Manifest, write_manifest
+from serving import models
 from serving.commands import models_list
 from serving.models import (
     DEFAULT_MODEL,
     NAMED_MODELS,
+    RELEASED_MODEL,
     QuantizationRecipe,
     cache_directory,
     is_quantized,
@@ -22,6 +24,8 @@ from serving.models import (
     prepared_directory,
     resolve,
 )
+from serving.preparation_child import find_prepared
+from serving.served_model import model_id_of
 
 pytestmark = pytest.mark.unit
 
@@ -112,7 +116,35 @@ def test_quantised_directory_is_told_by_its_config(tmp_path: Path) -> None:
 def test_names_are_unique_and_written_as_they_are_looked_up() -> None:
     names = [model.name for model in NAMED_MODELS]
     assert len(set(names)) == len(names)
-    assert all(resolve(model.name).slug == model.name for model in NAMED_MODELS)
+    fetched = [model for model in NAMED_MODELS if model.hub_id is not None]
+    assert all(resolve(model.name).slug == model.name for model in fetched)
+
+
+def test_released_model_is_found_beside_the_packages_and_nothing_is_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_model(tmp_path / "release" / RELEASED_MODEL)
+    (directory / "config.json").write_text('{"quantization_config": {}}')
+    write_manifest(directory, Manifest(stage="quantize"))
+    monkeypatch.setattr(models, "RELEASE_FOLDER", tmp_path / "release")
+    assert find_prepared(RELEASED_MODEL) == directory
+    assert model_id_of(RELEASED_MODEL) == RELEASED_MODEL
+    assert model_state(tmp_path / "cache", models.resolve(RELEASED_MODEL)) == "included"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_released_model_that_an_installation_lacks_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "RELEASE_FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=f"has no {tmp_path / RELEASED_MODEL}; install it again"):
+        resolve(RELEASED_MODEL)
+    (named,) = (model for model in NAMED_MODELS if model.name == RELEASED_MODEL)
+    assert model_state(tmp_path, named.reference()) == "missing"
+
+
+def test_release_folder_is_the_one_of_this_source_tree() -> None:
+    assert Path(__file__).parents[2] / "training" / "release" == models.RELEASE_FOLDER
 
 
 def test_list_shows_sizes_and_state_for_people_and_machines(

@@ -11,6 +11,7 @@ import pytest
 from quant.errors import CheckpointError
 from quant.model_directory import Manifest, write_manifest
 from serving import preparation_child
+from serving.model_sources import SourceUnavailableError
 from serving.models import model_folder, prepared_directory, resolve
 from serving.preparation_child import find_prepared, prepare_in_child
 
@@ -55,6 +56,16 @@ async def test_a_failure_has_its_reason(monkeypatch: pytest.MonkeyPatch, script:
     replace_preparation(monkeypatch, script)
     with pytest.raises(CheckpointError, match=reason):
         await prepare_in_child("m", Recorded())
+
+
+@pytest.mark.parametrize(("is_unavailable", "refused"), [("true", SourceUnavailableError), ("false", CheckpointError)])
+async def test_a_source_that_cannot_be_had_is_told_from_a_model_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, is_unavailable: str, refused: type[CheckpointError]
+) -> None:
+    replace_preparation(monkeypatch, f"""print('{{"error": "no", "is_unavailable": {is_unavailable}}}')""")
+    with pytest.raises(CheckpointError) as raised:
+        await prepare_in_child("m", Recorded())
+    assert type(raised.value) is refused
 
 
 async def test_cancelling_stops_the_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

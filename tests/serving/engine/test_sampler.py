@@ -30,8 +30,7 @@ def draws(logits: list[float], count: int, **changes: float | int | None) -> Cou
 
 def test_rows_drawn_together_get_what_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)) * 3
-    settings: list[dict[str, float | None]] = [{"temperature": 0.3 + i / 4, "seed": i} for i in range(6)]
-    rows = [row((1, 2), **changes) for changes in settings] + [row()]
+    rows = [row((1, 2), (), temperature=0.3 + i / 4, seed=i) for i in range(6)] + [row()]
     alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(7)]
     assert sample(logits, rows) == alone
     monkeypatch.setattr(sampler, "_SUMMED_AT_ONCE", 120)
