@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -207,7 +207,7 @@ def save(learner: Learner, run_dir: Path, keep: int) -> None:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal() -> Generator[StopRequest]:
     """The first Ctrl-C or SIGTERM asks for a stop after the step; a second one ends at once."""
     stop = StopRequest()
     before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}

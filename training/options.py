@@ -150,7 +150,7 @@ def _convert_plain(kind: type[object], value: object, name: str) -> object:
         raise TrainingError(f"{name} must be a whole number; found {value!r}")
     if isinstance(value, kind):
         return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    words: Mapping[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     raise TrainingError(f"{name} must be {words[kind]}; found {value!r}")
 
 
@@ -223,7 +223,8 @@ def _argument(kind: Any, spec: Any) -> dict[str, Any]:
 
 
 def _metavar(kind: type[object]) -> str:
-    return {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+    names: Mapping[object, str] = {int: "N", float: "X", Path: "PATH"}
+    return names.get(kind, "NAME")
 
 
 def _shown(default: object) -> str:

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,6 @@ from training.settings import AdapterSettings, PretrainSettings
 from training.sizes import ModelSize, config_of, find_size
 from training.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 from training.trunk import Compute, Trunk, choose_compute, copy_text_files, manifest_config, recompute_activations
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _TOKENIZER_FOLDER = "tokenizer"
 _HELD_OUT_ROWS = 128
@@ -194,7 +190,7 @@ def cut_rows(tokenizer: ModelTokenizer, texts: Sequence[str], length: int) -> Te
     return stream[: num_rows * length].view(num_rows, length).to(torch.int64)
 
 
-def build_model(size: ModelSize, tokenizer: ModelTokenizer, length: int) -> PreTrainedModel:
+def build_model(size: ModelSize, tokenizer: ModelTokenizer, length: int) -> nn.Module:
     """Random weights by `initialise`, for contexts of `length` tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

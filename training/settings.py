@@ -78,7 +78,7 @@ class AdapterSettings:
 
     method: Method = option("lora", "full weights, LoRA adapters, or LoRA on a trunk in 4 bits (NF4)")
     lora_rank: int = option(16, "columns of an adapter", applies=_ADAPTERS, minimum=1)
-    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", applies=_ADAPTERS, above=0)
+    lora_alpha: int = option(32, "adapters are scaled by alpha / rank", applies=_ADAPTERS, minimum=1)
     lora_dropout: float = option(0.0, "on the adapters' inputs", applies=_ADAPTERS, minimum=0, maximum=0.9)
 
 
