@@ -29,7 +29,6 @@ from training.settings import EvaluateSettings
 __all__ = ["Agenda", "make_agenda"]
 
 MAX_PASSAGE_BYTES = 2048
-_TEXTS = ("ppl_books_en", "ppl_wikitext2_test", "ppl_zh")
 _HARMFUL = ("moderation/test_user_prompts_crossdomain", "moderation/test_xstest")
 _HARMLESS = ("moderation/test_xstest",)
 _EVAL_FILES = {
@@ -139,9 +138,15 @@ def _questions(settings: EvaluateSettings, data: Path | None, groups: Collection
 
 
 def _text_paths(settings: EvaluateSettings, data: Path | None) -> tuple[Path, ...]:
+    """Validation texts are for tuning and stay out."""
     if settings.texts:
         return settings.texts
-    return tuple(find_data(data, f"eval/{name}") for name in _TEXTS)
+    found = [] if data is None else sorted((data / "eval").glob("ppl_*.txt*"))
+    paths = tuple(path for path in found if "valid" not in path.name)
+    if not paths:
+        where = "no evaluation data" if data is None else f"{data} has no eval/ppl_*.txt (or .gz)"
+        raise TrainingError(f"{where}: name the directory with --data or CAUSERIE_DATA, or the files with --texts")
+    return paths
 
 
 def _passages(path: Path, settings: EvaluateSettings) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ CATALOGUE: Mapping[str, MeasureInfo] = {
     "answer_perplexity": MeasureInfo("conversations", "of the assistant's tokens in held-out conversations"),
     "answer_bits_per_byte": MeasureInfo("conversations", "of the assistant's text, comparable across tokenizers"),
     "answer_perplexity_increase_percent": _pair("conversations", "of the assistant's tokens"),
-    "kl_per_token": _pair("kl", "KL(new || old) in nats, on its own answers at temperature 1"),
+    "kl_per_token": _pair("kl", "KL from the old model in nats, on its own answers at temperature 1"),
     "kl_per_token_k3": _pair("kl", "the same by the estimator that is never negative"),
     "kl_per_answer": _pair("kl", "the same, summed over an answer"),
     "reward": MeasureInfo("rewards", "mean score by the reward model", ("reward_model",)),

@@ -13,7 +13,7 @@ _ANYWHERE = re.compile(_NUMBER)
 _MARKED = (
     re.compile(rf"####\s*({_NUMBER})"),
     re.compile(rf"\\boxed\{{\s*({_NUMBER})"),
-    re.compile(rf"answer\s*(?:is|:|=)\s*\**\s*({_NUMBER})", re.IGNORECASE),
+    re.compile(rf"answer\s*(?:is|are)?\s*[:=]?\s*\**\s*({_NUMBER})", re.IGNORECASE),
 )
 
 

@@ -23,7 +23,7 @@ _ADVERB = r"(?:\s+(?:ever|directly|really|possibly|ethically|legally|personally|
 _NOT_ABLE = (
     r"(?:can(?:no|')t|can not|could(?: not|n't)|won't|will not|would(?: not|n't)"
     r"|(?:am|'m)(?: sorry,? but i (?:am|'m))? (?:not able|unable|not allowed|not permitted|not programmed|not designed"
-    r"|not comfortable|not willing|not going) ?(?:to|with|in)?|do(?: not|n't) feel comfortable|must (?:decline|refuse)"
+    r"|not comfortable|not willing|not going) ?(?:to|with|in)?|must (?:decline|refuse)"
     r"|(?:have to|need to|'ll have to) (?:decline|refuse)|decline to|refuse to)"
 )
 _ENGLISH = (
@@ -31,6 +31,7 @@ _ENGLISH = (
     rf"\bi{_NOT_ABLE}{_ADVERB}\s*{_HELP}\b",
     r"\bi (?:must|have to|need to|respectfully|politely)(?: \w+)? ?(?:decline|refuse)\b",
     r"\bi(?:'m| am) (?:not able|unable|not allowed|not permitted|not programmed|not comfortable)\b",
+    r"\bi do(?: not|n't) feel comfortable\b",
     r"\b(?:sorry|apologi[sz]e|apologies|unfortunately),?(?: but)?(?: as an? [^.]{0,40},)? i (?:can(?:no|')t|can not"
     r"|won't|will not|do(?: not|n't) (?:feel|have the ability)|am unable|am not able)",
     r"\bsorry,? (?:but )?(?:that|this|it)(?:'s| is) (?:not something|against)",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -61,7 +62,7 @@ def evaluate(settings: EvaluateSettings, load_scorer: LoadScorer, progress: Prog
     if settings.against is not None:
         kl_answers = findings[0].kl_answers
         findings.append(examine(settings.against, settings, agenda, progress, kl_answers=kl_answers))
-    contenders = _judge_all(settings, findings, load_scorer, progress)
+    contenders = _judge_all(settings, _told_apart(findings), load_scorer, progress)
     evaluation = _sum_up(settings, agenda, contenders)
     _write(settings.out, evaluation, contenders, make_pages(contenders, agenda))
     return evaluation
@@ -71,6 +72,17 @@ def load_scorer(directory: Path) -> Scorer:
     from training.reward_model import RewardModel
 
     return RewardModel.load(directory)
+
+
+def _told_apart(findings: Sequence[Findings]) -> list[Findings]:
+    """Two directories of one name get a word each."""
+    names = [one.subject.name for one in findings]
+    if len(set(names)) == len(names):
+        return list(findings)
+    return [
+        replace(one, subject=replace(one.subject, name=f"{one.subject.name} ({word})"))
+        for one, word in zip(findings, ("new", "old"), strict=True)
+    ]
 
 
 def _judge_all(
