@@ -211,17 +211,23 @@ def adapted_alone(scale: float, request: GenerateRequest) -> list[int]:
 
 
 def test_a_request_keeps_to_the_end_the_adapter_version_it_came_with() -> None:
-    """Also when preempted and computed again, and beside one that came after the new version."""
-    old, new = (with_adapter(generate(name, prompt_of(20, seed=i), max_tokens=40)) for i, name in enumerate("ab"))
-    engine = make_engine(num_blocks=6)
+    """Also when computed again after preemption, and in one batch with one that came after the new version."""
+    old, younger, new = (
+        with_adapter(generate(name, prompt_of(20, seed=i), max_tokens=40)) for i, name in enumerate("abc")
+    )
+    engine = make_engine(num_blocks=7)
+    engine.model = replace(engine.model, is_exact=False)
     engine.set_adapter("policy", adapter_of(1.0), 1)
     engine.submit(old)
+    engine.submit(younger)
     events = engine.step().events + engine.step().events
     engine.set_adapter("policy", adapter_of(-2.0), 2)
     engine.submit(new)
     events += run(engine)
+    assert engine._scheduler.num_preemptions > 0
     assert tokens(events, "a") == adapted_alone(1.0, old) != adapted_alone(-2.0, old)
-    assert tokens(events, "b") == adapted_alone(-2.0, new) != adapted_alone(1.0, new)
+    assert tokens(events, "b") == adapted_alone(1.0, younger) != adapted_alone(-2.0, younger)
+    assert tokens(events, "c") == adapted_alone(-2.0, new) != adapted_alone(1.0, new)
 
 
 def test_training_an_adapter_on_after_it_was_set_changes_nothing_in_the_engine() -> None:
