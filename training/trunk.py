@@ -106,7 +106,7 @@ def load_plain_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     if (directory / "quantize_config.json").is_file():
         raise CheckpointError(f"{directory} is quantised; train the model that it was made from, then quantise again")
     try:
-        with _quiet():
+        with quiet():
             return AutoModelForCausalLM.from_pretrained(
                 str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
             )
@@ -213,14 +213,14 @@ def write_weights(trunk: Trunk, directory: Path, adapters: AdapterSettings, stat
     _save(trunk.model, directory / ADAPTER_FOLDER, state)
     # Merged into the source as stored, not into the run's copy of it, which may be in bfloat16 or 4 bits.
     plain = load_plain_model(trunk.source, torch.float32)
-    with _quiet():
+    with quiet():
         merged = PeftModel.from_pretrained(plain, str(directory / ADAPTER_FOLDER)).merge_and_unload()
     _tidy_adapter(directory / ADAPTER_FOLDER, trunk.source.name)
     _save(merged.to(stored_dtype(trunk.source)), directory, None)
 
 
 def _save(model: nn.Module, directory: Path, state: Mapping[str, Tensor] | None) -> None:
-    with _quiet():
+    with quiet():
         cast("Any", model).save_pretrained(str(directory), state_dict=state)
 
 
@@ -233,7 +233,7 @@ def _tidy_adapter(directory: Path, trunk_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Without transformers' own bars: a run has one of its own. Without what peft still calls by its older name."""
     from transformers.utils import logging
 
@@ -301,7 +301,7 @@ def _add_lora(model: nn.Module, adapters: AdapterSettings) -> nn.Module:
         lora_dropout=adapters.lora_dropout,
         target_modules=list(_ADAPTED),
     )
-    with _quiet():
+    with quiet():
         return get_peft_model(cast("Any", model), config)
 
 
