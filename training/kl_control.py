@@ -1,7 +1,7 @@
 """How hard the KL penalty pulls: a coefficient that is fixed, or moves towards a target divergence.
 
 The divergence is the mean over answers of the KL to the reference summed over an answer's tokens, in nats. Controllers
-hold two numbers, go into a checkpoint as JSON and come back with `restore`.
+hold two numbers, go into a checkpoint as JSON and come back with `restore_controller`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def state_of(controller: KlController) -> Mapping[str, JsonValue]:
     return {"coefficient": controller.coefficient}
 
 
-def restore(controller: KlController, state: Mapping[str, JsonValue]) -> None:
+def restore_controller(controller: KlController, state: Mapping[str, JsonValue]) -> None:
     """Go on where `state_of` was taken. The target and the rate come from the settings, as in a new run."""
     coefficient = state.get("coefficient")
     if not isinstance(coefficient, float | int) or isinstance(coefficient, bool):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from training.errors import TrainingError
-from training.kl_control import KlControl, make_controller, restore, state_of
+from training.kl_control import KlControl, make_controller, restore_controller, state_of
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +47,7 @@ def test_state_goes_through_json_and_continues_exactly(kind: KlControl) -> None:
     first = make_controller(kind, coefficient=0.07, target=5.0, horizon=300)
     first.update(6.1, 64)
     second = make_controller(kind, coefficient=0.07, target=5.0, horizon=300)
-    restore(second, json.loads(json.dumps(state_of(first))))
+    restore_controller(second, json.loads(json.dumps(state_of(first))))
     for controller in (first, second):
         controller.update(4.3, 64)
     assert first.coefficient == second.coefficient
@@ -60,4 +60,4 @@ def test_a_coefficient_of_0_cannot_adapt() -> None:
 
 def test_a_broken_state_is_refused() -> None:
     with pytest.raises(TrainingError, match="expected a number"):
-        restore(make_controller("fixed", coefficient=0.1, target=1.0, horizon=1), {"coefficient": "much"})
+        restore_controller(make_controller("fixed", coefficient=0.1, target=1.0, horizon=1), {"coefficient": "much"})
