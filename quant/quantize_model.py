@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -126,62 +126,41 @@ class _Walk:
         assert self._hidden.shape[:2] == (samples, tokens)
 
     def quantize_layer(self, index: int, layer: nn.Module) -> list[LinearReport]:
-        """Four steps, in the order in which a forward meets them; linears that share an input share its Hessian."""
-        name = f"model.layers.{index}"
+        """In the order in which a forward meets the linears; those that share an input share its Hessian."""
+        work = _LayerInWork(layer, self._dtype)
         reports: list[LinearReport] = []
-        # A copy carries the activations, in their type; its linears arrive one by one, already quantised.
-        working = _copy_without_linears(layer).to(self._dtype)
-        attention, feed_forward = _child(working, "self_attn"), _child(working, "mlp")
-        is_parallel = getattr(layer, "post_attention_layernorm", None) is None
 
         def settle(block: str, linears: Sequence[str], hessian: HessianSum) -> None:
-            owner, copied = _child(layer, block), _child(working, block)
-            made = self._quantize_linears(f"{name}.{block}", {key: _linear(owner, key) for key in linears}, hessian)
+            plain = work.plain_linears(block, linears)
+            made = self._quantize_linears(f"model.layers.{index}.{block}", plain, hessian)
             for key, (linear, report) in made.items():
-                setattr(owner, key, linear)
-                setattr(copied, key, linear)
+                work.replace(block, key, linear)
                 reports.append(report)
 
-        def attention_input(hidden: Tensor) -> Tensor:
-            return _child(working, "input_layernorm")(hidden)
-
-        def feed_forward_input(hidden: Tensor) -> Tensor:
-            return _child(working, "input_layernorm" if is_parallel else "post_attention_layernorm")(hidden)
-
-        hessian = HessianSum(_linear(_child(layer, "self_attn"), "q_proj").in_features)
-        for hidden in self._batches():
-            hessian.add(attention_input(hidden))
+        hessian = _hessian_of(map(work.attention_input, self._batches()))
         settle("self_attn", ATTENTION_INPUTS, hessian)
-        if is_parallel:
+        if work.is_parallel:
             settle("mlp", FEED_FORWARD_INPUTS, hessian)
 
-        # With an identity in its last linear's place, a block returns what goes into that linear.
-        hessian = HessianSum(_linear(_child(layer, "self_attn"), "o_proj").in_features)
-        mixed: list[Tensor] = []
-        for hidden in self._batches():
-            mixed.append(attention(attention_input(hidden), self._cos, self._sin))
-            hessian.add(mixed[-1])
-        settle("self_attn", ("o_proj",), hessian)
+        mixed = [work.mix(hidden, self._cos, self._sin) for hidden in self._batches()]
+        settle("self_attn", ("o_proj",), _hessian_of(mixed))
+        attended = [work.apply("self_attn", "o_proj", mixed.pop(0)) for _ in self._batches()]
 
-        attended = [_child(attention, "o_proj")(mixed.pop(0)) for _ in range(len(mixed))]
-        if not is_parallel:
-            hessian = HessianSum(_linear(_child(layer, "mlp"), "gate_proj").in_features)
-            for hidden in self._batches():
-                hidden += attended.pop(0)
-                hessian.add(feed_forward_input(hidden))
-            settle("mlp", FEED_FORWARD_INPUTS, hessian)
+        if not work.is_parallel:
+            self._add(attended)
+            settle("mlp", FEED_FORWARD_INPUTS, _hessian_of(map(work.feed_forward_input, self._batches())))
 
-        hessian = HessianSum(_linear(_child(layer, "mlp"), "down_proj").in_features)
-        inner: list[Tensor] = []
-        for hidden in self._batches():
-            inner.append(feed_forward(feed_forward_input(hidden)))
-            hessian.add(inner[-1])
-        settle("mlp", ("down_proj",), hessian)
-        for hidden in self._batches():
-            if is_parallel:
-                hidden += attended.pop(0)
-            hidden += _child(feed_forward, "down_proj")(inner.pop(0))
+        inner = [work.activate(hidden) for hidden in self._batches()]
+        settle("mlp", ("down_proj",), _hessian_of(inner))
+        if work.is_parallel:
+            self._add(attended)
+        self._add([work.apply("mlp", "down_proj", inner.pop(0)) for _ in self._batches()])
         return reports
+
+    def _add(self, outputs: list[Tensor]) -> None:
+        """To the activations, batch by batch; `outputs` is used up."""
+        for hidden in self._batches():
+            hidden += outputs.pop(0)
 
     def _batches(self) -> Sequence[Tensor]:
         """Views of the activations: adding to one in place moves the walk on."""
@@ -211,6 +190,54 @@ class _Walk:
                 report = LinearReport(f"{prefix}.{key}", bits, matrix.group_size, error, result.damp)
                 made[key] = (QuantizedLinear(matrix, linears[key].bias), report)
         return {key: made[key] for key in linears}
+
+
+class _LayerInWork:
+    """A layer whose linears are being replaced, and a copy of it in the walk's type that carries the activations.
+
+    The copy's linears are identities at first, so that a block returns what would go into the next of its linears.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self._layer = layer
+        self._copy = _copy_without_linears(layer).to(dtype)
+        self.is_parallel = getattr(layer, "post_attention_layernorm", None) is None
+
+    def plain_linears(self, block: str, names: Sequence[str]) -> dict[str, nn.Linear]:
+        owner = _child(self._layer, block)
+        return {name: _linear(owner, name) for name in names}
+
+    def replace(self, block: str, name: str, linear: QuantizedLinear) -> None:
+        for layer in (self._layer, self._copy):
+            setattr(_child(layer, block), name, linear)
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        return _child(self._copy, "input_layernorm")(hidden)
+
+    def feed_forward_input(self, hidden: Tensor) -> Tensor:
+        norm = "input_layernorm" if self.is_parallel else "post_attention_layernorm"
+        return _child(self._copy, norm)(hidden)
+
+    def mix(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What goes into o_proj, as long as that is an identity."""
+        return _child(self._copy, "self_attn")(self.attention_input(hidden), cos, sin)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What goes into down_proj, as long as that is an identity."""
+        return _child(self._copy, "mlp")(self.feed_forward_input(hidden))
+
+    def apply(self, block: str, name: str, inputs: Tensor) -> Tensor:
+        return _child(_child(self._copy, block), name)(inputs)
+
+
+def _hessian_of(batches: Iterable[Tensor]) -> HessianSum:
+    """batches: (samples, tokens, inputs) each, at least one."""
+    total: HessianSum | None = None
+    for inputs in batches:
+        total = total or HessianSum(inputs.shape[-1])
+        total.add(inputs)
+    assert total is not None
+    return total
 
 
 def _copy_without_linears(layer: nn.Module) -> nn.Module:
