@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -150,7 +151,13 @@ def _convert_plain(kind: type[object], value: object, name: str) -> object:
         raise TrainingError(f"{name} must be a whole number; found {value!r}")
     if isinstance(value, kind):
         return value
-    words: Mapping[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    words: Mapping[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
     raise TrainingError(f"{name} must be {words[kind]}; found {value!r}")
 
 
@@ -197,8 +204,15 @@ def _parser(kind: type[object], stage: str, description: str, examples: str) -> 
     )
     parser.add_argument("--recipe", metavar="R", help="a .toml file, or a bundled one: tiny, 135m, 7b, 13b")
     hints = get_type_hints(kind)
-    for spec in fields(cast("Any", kind)):
-        parser.add_argument(flag_of(spec.name), dest=spec.name, default=None, **_argument(hints[spec.name], spec))
+    specs = {spec.name: spec for spec in fields(cast("Any", kind))}
+    # The stage's own options first, then what it shares with others, each under its class's first sentence.
+    for owner in kind.__mro__:
+        names = [name for name in inspect.get_annotations(owner) if name in specs]
+        group = parser.add_argument_group((owner.__doc__ or owner.__name__).split("\n")[0]) if names else None
+        for name in names:
+            spec = specs.pop(name)
+            assert group is not None
+            group.add_argument(flag_of(name), dest=name, default=None, **_argument(hints[name], spec))
     return parser
 
 
