@@ -6,6 +6,7 @@ holds the iteration's experience too, and the run goes on from there bit for bit
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from training.errors import TrainingError
 from training.experience import Experience, experience_from
 from training.loop import StopRequest, stop_on_signal
 from training.run_log import RunLog
-from training.settings import RunSettings
+from training.settings import OptimSettings, RunSettings
 
 
 class Algorithm(Protocol):
@@ -159,3 +161,12 @@ def _resume(algorithm: Algorithm, run_dir: Path) -> Progress:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def require_one_process(settings: OptimSettings) -> None:
+    """Raises TrainingError: answers are sampled where the whole policy is."""
+    if settings.sharding != "none" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "this stage runs in one process, which samples and learns; start it without torchrun and --sharding, and "
+            "use --method lora or qlora for a model whose full weights do not fit"
+        )

@@ -21,7 +21,7 @@ from training.experience import Experience, UpdatePlan, at_responses, iteration_
 from training.held_out import comparison, read_held_out
 from training.kl_control import make_controller, restore_controller, state_of
 from training.loop import accumulate, make_optimizer, optimizer_step, run_directory
-from training.on_policy import run_iterations
+from training.on_policy import require_one_process, run_iterations
 from training.options import record_of
 from training.policy_objective import CriticObjective, PolicyObjective
 from training.ppo_experience import describe, make_experience
@@ -60,6 +60,7 @@ def run(settings: PpoSettings) -> None:
 
 def check_settings(settings: PpoSettings) -> None:
     """Raises TrainingError for settings that contradict each other."""
+    require_one_process(settings)
     if settings.critic_warmup >= settings.iterations:
         raise TrainingError(
             f"--critic-warmup {settings.critic_warmup} leaves none of {settings.iterations} iterations to the policy"

@@ -122,7 +122,7 @@ def _both_on_policy_trunk(settings: PpoSettings, pair: PolicyPair) -> tuple[Judg
         for adapter in (REWARD_ADAPTER, CRITIC_ADAPTER):
             _peft(body.model).load_adapter(str(settings.reward_model / ADAPTER_FOLDER), adapter_name=adapter)
     _learn_only(body.model, POLICY_ADAPTER, CRITIC_ADAPTER)
-    prepare_mode(body.model, checkpointing=settings.gradient_checkpointing)
+    prepare_mode(body.model, settings, checkpointing=settings.gradient_checkpointing)
     judge = IdJudge(
         Body(body.model, body.compute, body.switch, REWARD_ADAPTER), _reward_head(settings, body).requires_grad_(False)
     )
@@ -162,14 +162,14 @@ def _critic_from_policy(settings: PpoSettings, pair: PolicyPair) -> Critic:
     with quiet():
         _peft(body.model).add_adapter(CRITIC_ADAPTER, config)
     _learn_only(body.model, POLICY_ADAPTER, CRITIC_ADAPTER)
-    prepare_mode(body.model, checkpointing=settings.gradient_checkpointing)
+    prepare_mode(body.model, settings, checkpointing=settings.gradient_checkpointing)
     return Critic(Body(body.model, body.compute, body.switch, CRITIC_ADAPTER), _zero_head(body))
 
 
 def _prepare_critic(model: nn.Module, settings: PpoSettings) -> None:
     if settings.gradient_checkpointing:
         recompute_activations(model)
-    prepare_mode(model, checkpointing=settings.gradient_checkpointing)
+    prepare_mode(model, settings, checkpointing=settings.gradient_checkpointing)
 
 
 def _learn_only(model: nn.Module, *adapters: str) -> None:

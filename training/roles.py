@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.batches import Batch
+from training.errors import TrainingError
 from training.ppo_math import entropy_of
 from training.settings import AdapterSettings
 from training.trunk import Compute, Trunk, final_hidden, load_plain_model, load_trunk, logits_of, target_logprobs
@@ -140,7 +141,7 @@ def load_policy(
 ) -> PolicyPair:
     """Both roles start from the same weights: their divergence is 0 exactly before the first update."""
     trunk = load_trunk(directory, compute, adapters, checkpointing=checkpointing)
-    prepare_mode(trunk.model, checkpointing=checkpointing)
+    prepare_mode(trunk.model, adapters, checkpointing=checkpointing)
     if adapters.method == "full":
         # Not in a smaller type: its rounding would be measured as divergence.
         frozen = load_plain_model(directory, torch.float32).to(compute.device).eval().requires_grad_(False)
@@ -157,9 +158,15 @@ def load_policy(
     )
 
 
-def prepare_mode(model: nn.Module, *, checkpointing: bool) -> None:
+def prepare_mode(model: nn.Module, adapters: AdapterSettings, *, checkpointing: bool) -> None:
     """Without dropout: a ratio between passes with different masks means nothing. transformers recomputes activations
-    in training mode only, so there each dropout is switched off by itself."""
+    in training mode only, so there each dropout is switched off by itself. Raises TrainingError if some was asked for.
+    """
+    if adapters.method != "full" and adapters.lora_dropout > 0:
+        raise TrainingError(
+            f"--lora-dropout {adapters.lora_dropout:g} would change log-probabilities between passes over the same "
+            "answer; this stage needs 0"
+        )
     model.train(checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

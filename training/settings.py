@@ -183,12 +183,15 @@ class PpoSettings(OptimSettings, DataSettings, AdapterSettings, RolloutSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class DpoSettings(OptimSettings, DataSettings, AdapterSettings):
-    """Direct preference optimisation on pairs (arXiv:2305.18290)."""
+    """Direct preference optimisation on ranked answers, no reward model (arXiv:2305.18290)."""
 
     model: Path = option(..., "SFT model: the policy's start and the frozen reference")
-    length: int = option(1024, "longest conversation in tokens", minimum=16)
-    batch_size: int = option(16, "pairs of an optimizer step", minimum=1)
-    micro_batch_size: int = option(4, "pairs of one forward pass", minimum=1)
+    length: int = option(1024, "longest conversation in tokens; longer ones lose their first turns", minimum=16)
+    held_out: float = option(
+        0.05, "share of the prompts to measure on", applies=("eval_data", ((),)), above=0, maximum=0.5
+    )
+    batch_size: int = option(16, "rankings of an optimizer step", minimum=1)
+    micro_batch_size: int = option(4, "rankings of one forward pass; all answers of one stay together", minimum=1)
     epochs: float = option(1.0, "times the data is seen", above=0)
     max_steps: int | None = option(None, "end after so many optimizer steps even if epochs are left", minimum=1)
     beta: float = option(0.1, "how strongly the reference holds", above=0)
