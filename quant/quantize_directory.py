@@ -32,7 +32,7 @@ from quant.calibration import (
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings
 from quant.formats.autogptq_check import stored_weight
-from quant.formats.autogptq_writer import WEIGHTS_FILE, write_checkpoint
+from quant.formats.autogptq_writer import WEIGHTS_FILE, narrowed, write_checkpoint
 from quant.gptq import GptqOptions
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import QuantizedMatrix
@@ -120,6 +120,7 @@ def quantize_with(
     layers = quantize_layers(model, text.calibration, options.gptq, progress, bits_of_linear=options.bits_of)
     quantize_seconds = time.monotonic() - quantize_started
     matrices = quantized_matrices(model)
+    _narrow_plain_parameters(model)
 
     with publish_directory(out) as directory:
         progress.update("Writing", 0, 1)
@@ -159,6 +160,13 @@ def quantized_matrices(model: MeasurableModel) -> dict[str, QuantizedMatrix]:
     """The matrix of every quantised linear, by its name."""
     assert isinstance(model, nn.Module)
     return {name: module.matrix for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _narrow_plain_parameters(model: MeasurableModel) -> None:
+    """As they are written, so that what is measured from here on is what is on disk."""
+    assert isinstance(model, nn.Module)
+    for name, parameter in model.named_parameters():
+        parameter.data = narrowed(name, parameter.data)
 
 
 def check_read_back(model: MeasurableModel, directory: Path, window: Tensor, progress: ProgressSink) -> float:

@@ -1,6 +1,7 @@
 """Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
 
-Tokenizer, chat template and generation settings are copied; `config.json` gains `quantization_config`.
+Only float32 becomes float16: of a small model the embeddings would else be most of the file. Tokenizer, chat template
+and generation settings are copied; `config.json` gains `quantization_config`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,11 +43,17 @@ def write_checkpoint(
 ) -> None:
     """Fill the existing directory `target`. `matrices` by linear, such as `model.layers.0.mlp.down_proj`.
 
-    Raises CheckpointError if the source has no weight for a matrix.
+    Raises CheckpointError if the source has no weight for a matrix, or values that float16 cannot hold.
     """
     config = read_json(source / "config.json")
     settings = quantization_config(matrices, options, group_size)
-    save_file(_all_tensors(source, matrices), target / WEIGHTS_FILE, metadata={"format": "pt"})
+    tensors = _plain_tensors(source, matrices)
+    if any(tensor.dtype is torch.float32 for tensor in tensors.values()):
+        tensors = {name: narrowed(name, tensor) for name, tensor in tensors.items()}
+        config.update({key: "float16" for key in ("dtype", "torch_dtype") if config.get(key) == "float32"})
+    for name, matrix in matrices.items():
+        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
+    save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(target / "config.json", {**config, "quantization_config": settings})
     _write_json(target / QUANTIZE_CONFIG_FILE, settings)
     for name in COPIED_FILES:
@@ -78,7 +86,17 @@ def quantization_config(
     return settings
 
 
-def _all_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Tensor]:
+def narrowed(name: str, tensor: Tensor) -> Tensor:
+    """In the type it is written in. Raises CheckpointError if that cannot hold its values."""
+    if tensor.dtype is not torch.float32:
+        return tensor
+    narrow = tensor.to(torch.float16)
+    if not bool(narrow.isfinite().all()):
+        raise CheckpointError(f"{name} has values that float16 cannot hold; convert the source to bfloat16 first")
+    return narrow
+
+
+def _plain_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Tensor]:
     file_of_tensor = locate_tensors(source)
     missing = [name for name in matrices if f"{name}.weight" not in file_of_tensor]
     if missing:
@@ -88,8 +106,6 @@ def _all_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix]) -> dict[
         if name.removesuffix(".weight") not in matrices:
             with safe_open(path, framework="pt") as file:
                 tensors[name] = file.get_tensor(name)
-    for name, matrix in matrices.items():
-        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
     return tensors
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quant import quantize_directory
 from quant.errors import CheckpointError, QuantizationError
@@ -21,7 +21,7 @@ from quant.progress import SilentProgress
 from quant.quantize_directory import QuantizeOptions, quantize_with
 from quant.report import QuantizationReport
 from serving.model.weights import load_decoder
-from tests.quant.tiny_models import CONFIG, TinyAccess, write_source
+from tests.quant.tiny_models import CONFIG, PALM, TinyAccess, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +70,25 @@ def test_directory_has_what_serves_it_and_what_others_need_to_load_it(tmp_path: 
     assert "model.layers.0.mlp.up_proj.weight" not in tensors
     for name in ("tokenizer.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_float32_embeddings_and_norms_are_written_in_half_the_bytes_and_measured_so(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", torch.float32, **PALM), tmp_path / "out"
+    report = quantize(source, out)
+    written, before = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(written[name], before[name].to(torch.float16))
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
+    assert report.largest_logit_difference == 0.0
+
+
+def test_values_that_half_the_bytes_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", torch.float32)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values that float16 cannot hold"):
+        quantize(source, tmp_path / "out")
 
 
 def test_report_and_manifest_say_what_was_done_and_what_it_cost(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quant.calibration import Encoder, Row
+from quant.commands import stored_dtype
 from quant.measure import MeasurableModel, WindowLogits
 from serving.model.spec import spec_from_config
 from serving.model.transformer import Decoder
@@ -74,7 +75,7 @@ class TinyAccess:
         self._serves = serves
 
     def load(self, directory: Path) -> MeasurableModel:
-        return load_decoder(directory, dtype=torch.float16)
+        return load_decoder(directory, dtype=stored_dtype(directory))
 
     def encoder(self, directory: Path) -> Encoder:
         def encode(row: Row) -> list[int]:
