@@ -1,4 +1,4 @@
-# Sourced by scripts/serve and scripts/test: finds a Python that is new enough and hands over to scripts/bootstrap.
+# Sourced by scripts/serve, scripts/pipeline and scripts/test: finds a Python that is new enough and hands over to scripts/bootstrap.
 # Everything that can be decided in Python is decided there; this file only has to run on any POSIX shell.
 
 scripts=$(cd "$(dirname "$0")" && pwd -P) || exit 1

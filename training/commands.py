@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "pipeline", "train"]
 
 EXAMPLES = """\
 examples:
@@ -66,6 +66,13 @@ def train(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """`causerie evaluate ...`. Returns 1 if a gate does not let the model pass."""
     return _run("evaluate", EVALUATE, argv, "")
+
+
+def pipeline(argv: Sequence[str]) -> int:
+    """`causerie pipeline --tiny`: all stages, then one chat turn."""
+    from training.pipeline import run
+
+    return run(argv)
 
 
 def _run(name: str, stage: Stage, argv: Sequence[str], examples: str) -> int:
