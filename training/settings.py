@@ -59,6 +59,7 @@ class DataSettings:
     licences: Licences = option("all", "yes: only rows whose source may ship, by the licences file")
     licences_file: Path | None = option(None, "JSON with the sources that may ship (default: found above the data)")
     max_rows: int | None = option(None, "read at most so many rows of each file", minimum=1)
+    sources: tuple[str, ...] = option((), "only rows of these sources; a name that ends in * is a prefix")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import msgspec
 
 from training.errors import DataError
 
-__all__ = ["LICENCES_NAME", "Licences", "find_licences", "read_licences"]
+__all__ = ["LICENCES_NAME", "Licences", "find_licences", "is_named", "read_licences"]
 
 LICENCES_NAME = "licences.json"
 # The file lies beside the rows, or above the folders that sort them.
@@ -27,9 +27,9 @@ class Licences:
     no: tuple[str, ...] = ()
 
     def judge(self, source: str) -> Literal["yes", "no", "unknown"]:
-        if _names(self.no, source):
+        if is_named(self.no, source):
             return "no"
-        return "yes" if _names(self.yes, source) else "unknown"
+        return "yes" if is_named(self.yes, source) else "unknown"
 
 
 class _LicencesFile(msgspec.Struct):
@@ -55,5 +55,6 @@ def read_licences(path: Path) -> Licences:
     return Licences(tuple(content.yes), tuple(content.no))
 
 
-def _names(names: Iterable[str], source: str) -> bool:
+def is_named(names: Iterable[str], source: str) -> bool:
+    """Whether `source` is among `names`, of which those that end in * are prefixes."""
     return any(source.startswith(name[:-1]) if name.endswith("*") else source == name for name in names)

@@ -17,7 +17,7 @@ import msgspec
 
 from quant.model_directory import DataFile, JsonValue
 from training.data.files import LineReader, open_lines
-from training.data.licences import LICENCES_NAME, Licences, find_licences, read_licences
+from training.data.licences import LICENCES_NAME, Licences, find_licences, is_named, read_licences
 from training.data.overlap import EvaluationTexts, read_evaluation, row_digest
 from training.data.records import (
     Conversation,
@@ -58,21 +58,23 @@ class LoadPolicy:
     licences_file: default is the nearest licences.json, from each data file's folder upwards
     exclude:       evaluation files; a row that also occurs in one of them is left out
     max_rows:      first rows that are read of each file; the rest of the file is then not checked either
+    sources:       only rows of these sources are used; none named takes all. A name that ends in * is a prefix
     """
 
     licences: Literal["yes", "all"] = "all"
     licences_file: Path | None = None
     exclude: tuple[Path, ...] = ()
     max_rows: int | None = None
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: DataSettings) -> LoadPolicy:
-        return cls(settings.licences, settings.licences_file, settings.eval_data, settings.max_rows)
+        return cls(settings.licences, settings.licences_file, settings.eval_data, settings.max_rows, settings.sources)
 
 
 @dataclass(frozen=True, slots=True)
 class CleaningReport:
-    """Counts over all files: read = kept + duplicates + overlapping + unlicensed + undecided.
+    """Counts over all files: read = kept + duplicates + overlapping + unlicensed + undecided + unwanted.
 
     sources and unlicensed_sources: rows kept, and rows left out for their licence, by source
     licences: rows kept by what the licences file says of their source: yes, no, unknown
@@ -84,6 +86,7 @@ class CleaningReport:
     overlapping: int = 0
     unlicensed: int = 0
     undecided: int = 0
+    unwanted: int = 0
     sources: Mapping[str, int] = field(default_factory=dict[str, int])
     unlicensed_sources: Mapping[str, int] = field(default_factory=dict[str, int])
     licences: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -98,6 +101,7 @@ class CleaningReport:
             "in evaluation files": self.overlapping,
             "licence": self.unlicensed,
             "undecided": self.undecided,
+            "other sources": self.unwanted,
         }
         reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items() if count)
         return f"{self.kept:,} of {self.read:,} rows" + (f" (left out: {reasons})" if reasons else "")
@@ -134,7 +138,7 @@ def load_rows(files: Sequence[Path], policy: LoadPolicy, decode: Callable[[bytes
     if not files:
         raise DataError("there is no data file; name one or more .jsonl files")
     evaluation = read_evaluation(policy.exclude, with_runs=decode is decode_document)
-    cleaner = _Cleaner(evaluation, policy.licences)
+    cleaner = _Cleaner(evaluation, policy)
     rows: list[AnyRow] = []
     described: list[DataFile] = []
     for path in files:
@@ -155,8 +159,8 @@ def load_rows(files: Sequence[Path], policy: LoadPolicy, decode: Callable[[bytes
 class _Cleaner:
     """Decides row by row, over all files, and counts."""
 
-    def __init__(self, evaluation: EvaluationTexts, licences: Literal["yes", "all"]) -> None:
-        self._evaluation, self._rule = evaluation, licences
+    def __init__(self, evaluation: EvaluationTexts, policy: LoadPolicy) -> None:
+        self._evaluation, self._rule, self._sources_wanted = evaluation, policy.licences, policy.sources
         self._seen: set[bytes] = set()
         self._reasons: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
@@ -184,12 +188,15 @@ class _Cleaner:
             overlapping=self._reasons["overlapping"],
             unlicensed=self._reasons["unlicensed"],
             undecided=self._reasons["undecided"],
+            unwanted=self._reasons["unwanted"],
             sources=dict(sorted(self._sources.items())),
             unlicensed_sources=dict(sorted(self._unlicensed_sources.items())),
             licences=dict(sorted(self._licences.items())),
         )
 
     def _reason(self, row: Conversation | Ranking | Prompt | Document, verdict: str) -> str:
+        if self._sources_wanted and not is_named(self._sources_wanted, row.source):
+            return "unwanted"
         if self._rule == "yes" and verdict != "yes":
             return "unlicensed"
         if isinstance(row, Ranking) and not row.is_decided:

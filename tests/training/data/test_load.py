@@ -172,3 +172,16 @@ def test_counts_add_up(tmp_path: Path) -> None:
 def test_reading_rows_loads_no_torch() -> None:
     code = "import sys, training.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_the_named_sources_are_used(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "d.jsonl",
+        chat("one", "1", source="books/a"),
+        chat("two", "2", source="books/b"),
+        chat("three", "3", source="tweets"),
+    )
+    loaded = load_conversations([path], LoadPolicy(sources=("books/*",)))
+    assert [row.source for row in loaded.rows] == ["books/a", "books/b"]
+    assert loaded.report.unwanted == 1
+    assert "other sources 1" in str(loaded.report)
