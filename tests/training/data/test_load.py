@@ -162,6 +162,7 @@ def test_counts_add_up(tmp_path: Path) -> None:
         "overlapping": 1,
         "unlicensed": 1,
         "undecided": 1,
+        "unwanted": 0,
         "sources": {"ours": 1},
         "unlicensed_sources": {"paid": 1},
         "licences": {"yes": 1},
