@@ -18,6 +18,7 @@ _SERVE_EXAMPLES = """\
 examples:
   causerie serve                                       the default model on http://127.0.0.1:8000/
   causerie serve --model qwen2.5-0.5b-instruct         another one of `causerie models list`
+  causerie serve --model causerie-tiny                 the small model of our own, which comes with causerie
   causerie serve --model ./my-model --port 9000        a directory that `causerie quantize` wrote
   CAUSERIE_API_KEY=secret causerie serve --host 0.0.0.0 --allowed-hosts chat.example.org
 
