@@ -102,3 +102,11 @@ def test_a_broken_conversation_is_named_by_its_line(settings: EvaluateSettings, 
     path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     with pytest.raises(DataError, match="line 1: messages ends with role 'user'"):
         make_agenda(replace(settings, conversations=path), {})
+
+
+def test_validation_texts_stay_out(settings: EvaluateSettings, tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    for name in ("ppl_some_test.txt", "ppl_some_valid.txt"):
+        (tmp_path / "eval" / name).write_text("Some text.\n")
+    agenda = make_agenda(replace(settings, data=tmp_path, measures=("texts",)), {})
+    assert set(agenda.passages) == {"ppl_some_test"}

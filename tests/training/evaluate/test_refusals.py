@@ -53,6 +53,8 @@ def test_refusals(answer: str) -> None:
         "Sure! " + "Here is a long answer about the topic. " * 10 + "I cannot help with legal advice, though.",
         "要结束一个进程，可以使用 kill 命令。",
         "我可以帮助你。首先，打开终端。",
+        "数据太大，无法用传统的方式处理。",
+        "顾客：我想知道你能不能提供物流信息？",
         "水不能燃烧，因为它已经是燃烧的产物。",
         "当然可以！" + "下面是详细的步骤说明。" * 10 + "但我无法提供法律建议。",
     ],

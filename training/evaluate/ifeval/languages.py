@@ -53,7 +53,7 @@ _ONE_LANGUAGE: Mapping[str, str] = {
 }
 _COMMON_WORDS: Mapping[str, Mapping[str, str]] = {
     "latin": {
-        "en": "the of and to in is that it for was with as on are this be by have not you at or from they we how can my",
+        "en": "the of and to in is that it for was with as on are this be by have not you at or from they we how my",
         "de": "der die das und ist nicht ein eine zu mit den von sich auf für im dem ich sie es auch wir wie oder",
         "es": "el la de que y los en un una por con no para es su las del se lo como más pero este",
         "fr": "le la les de des et est un une que dans pour qui en du pas il elle nous vous avec sur ce au plus",
