@@ -23,6 +23,20 @@ examples:
 Ctrl-C saves; the same command with --resume goes on as if nothing had happened.
 """
 
+EVALUATE_EXAMPLES = """\
+examples:
+  causerie evaluate ./policy --out ./report --data ./data
+  causerie evaluate ./policy --against ./sft --reward-model ./reward --gate rules.toml --out ./report
+  causerie evaluate ./policy --against ./sft --reward-model ./reward --second-reward-model ./other --best-of 8 --out R
+  causerie evaluate ./quantised --against ./policy --measures texts conversations kl --out ./report
+
+A gate file holds rules such as:
+
+  perplexity_increase_percent = {max = 3}
+  win_rate_lower = {min = 0.5}              # lower end of the 95 % interval
+  refusal_harmful_change = {min = -0.02}    # new minus old
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -64,8 +78,9 @@ def train(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """`causerie evaluate ...`. Returns 1 if a gate does not let the model pass."""
-    return _run("evaluate", EVALUATE, argv, "")
+    """`causerie evaluate MODEL ...`. Raises GateFailed, so exits with 1, if the gate does not let the model pass."""
+    arguments = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
+    return _run("evaluate", EVALUATE, arguments, EVALUATE_EXAMPLES)
 
 
 def pipeline(argv: Sequence[str]) -> int:
