@@ -63,4 +63,4 @@ class TextJudge:
             )
             for row, index in enumerate(trajectory.prompt_index.tolist())
         ]
-        return self.model.score(conversations)
+        return torch.tensor(self.model.score(conversations), dtype=torch.float32)

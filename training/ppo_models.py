@@ -52,7 +52,7 @@ from training.trunk import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,8 @@ def _both_on_reward_trunk(settings: PpoSettings, pair: PolicyPair) -> tuple[Judg
 
     compute = pair.trunk.compute
     plain = load_plain_model(settings.reward_model, compute.precision).to(compute.device)
-    # As the policy's adapter is made; it starts as the reward model itself, because B is 0.
-    config = copy.deepcopy(_peft(pair.trunk.model).peft_config[POLICY_ADAPTER])
+    # Made as the policy's adapter is; it starts as the reward model itself, because B is 0.
+    config = _policy_adapter_config(pair)
     with quiet():
         model = get_peft_model(plain, config, adapter_name=CRITIC_ADAPTER)
     _prepare_critic(model, settings)
@@ -158,12 +158,17 @@ def _critic_from_policy(settings: PpoSettings, pair: PolicyPair) -> Critic:
         model = load_plain_model(settings.model, torch.float32).to(body.compute.device)
         _prepare_critic(model, settings)
         return Critic(Body(model, body.compute), _zero_head(body))
-    config = copy.deepcopy(_peft(body.model).peft_config[POLICY_ADAPTER])
     with quiet():
-        _peft(body.model).add_adapter(CRITIC_ADAPTER, config)
+        _peft(body.model).add_adapter(CRITIC_ADAPTER, _policy_adapter_config(pair))
     _learn_only(body.model, POLICY_ADAPTER, CRITIC_ADAPTER)
     prepare_mode(body.model, settings, checkpointing=settings.gradient_checkpointing)
     return Critic(Body(body.model, body.compute, body.switch, CRITIC_ADAPTER), _zero_head(body))
+
+
+def _policy_adapter_config(pair: PolicyPair) -> PeftConfig:
+    config = copy.deepcopy(_peft(pair.trunk.model).peft_config[POLICY_ADAPTER])
+    config.base_model_name_or_path = None
+    return config
 
 
 def _prepare_critic(model: nn.Module, settings: PpoSettings) -> None:

@@ -177,8 +177,10 @@ def prepare_mode(model: nn.Module, adapters: AdapterSettings, *, checkpointing: 
 
 def keep_only_policy(model: nn.Module) -> None:
     """Drop every other adapter, so that what is written of the model is the policy's."""
-    for adapter in (REWARD_ADAPTER, CRITIC_ADAPTER):
-        if adapter in getattr(model, "peft_config", {}):
-            cast("PeftModel", model).delete_adapter(adapter)
-    if hasattr(model, "peft_config"):
+    adapters = getattr(model, "peft_config", {})
+    if adapters:
+        AdapterSwitch(model).activate(POLICY_ADAPTER)
         cast("PeftModel", model).set_adapter(POLICY_ADAPTER)
+    for adapter in (REWARD_ADAPTER, CRITIC_ADAPTER):
+        if adapter in adapters:
+            cast("PeftModel", model).delete_adapter(adapter)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from quant.model_directory import hash_directory
 from serving.model.tokenizer import ModelTokenizer
 from tests.serving.model.tiny_tokenizers import write_tokenizer
+from training.data.load import LoadPolicy
+from training.ppo import Ppo
+from training.ppo_models import PpoModels, load_models
+from training.prompts import read_prompts, require_chat_format
+from training.ptx import read_mixture
 from training.reward_model import RewardRecord, save_reward_head
-from training.settings import AdapterSettings
-from training.trunk import ADAPTER_FOLDER, copy_text_files, load_plain_model, quiet
+from training.settings import PpoSettings
+from training.trunk import ADAPTER_FOLDER, choose_compute, copy_text_files, load_plain_model, quiet
 
 HIDDEN = 16
 PROMPTS = ("hello", "how are you today", "the cat sat on the mat", "help", "print(add(1, 2))", "thank you")
-LORA = AdapterSettings(method="lora", lora_rank=2, lora_alpha=4.0)
 
 
 def write_model(directory: Path, *, seed: int = 0, family: str = "smollm2", hidden: int = HIDDEN) -> Path:
@@ -96,3 +102,58 @@ def write_conversations(path: Path) -> Path:
 def write_texts(path: Path) -> Path:
     path.write_text("".join(json.dumps({"text": f"{text}. " * 8}) + "\n" for text in PROMPTS))
     return path
+
+
+@dataclass(frozen=True)
+class World:
+    """model: the SFT model. adapted, separate: reward models, one an adapter on it, one on a trunk of its own."""
+
+    model: Path
+    adapted: Path
+    separate: Path
+    prompts: Path
+
+    def ppo_settings(self, out: Path, **changes: Any) -> PpoSettings:
+        """Small, in float32, with a reward model that shares the policy's trunk."""
+        defaults: dict[str, Any] = {
+            "model": self.model,
+            "reward_model": self.adapted,
+            "out": out,
+            "data": (self.prompts,),
+            "precision": "float32",
+            "lora_rank": 2,
+            "lora_alpha": 4.0,
+            "learning_rate": 1e-2,
+            "rollout_size": 6,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "max_new_tokens": 8,
+        }
+        return PpoSettings(**{**defaults, **changes})
+
+
+def write_world(folder: Path) -> World:
+    model = write_model(folder / "sft")
+    return World(
+        model=model,
+        adapted=write_reward_model(folder / "adapted", model, with_adapter=True),
+        separate=write_reward_model(folder / "separate", write_model(folder / "other", seed=9)),
+        prompts=write_prompts(folder / "prompts.jsonl"),
+    )
+
+
+def make_ppo(settings: PpoSettings) -> tuple[Ppo, PpoModels]:
+    """As `training.ppo.run` makes it."""
+    models = load_models(settings, choose_compute("cpu", settings.precision))
+    rows = LoadPolicy()
+    prompts = read_prompts(settings.data, rows, require_chat_format(models.trunk), max_tokens=100)
+    return Ppo(settings, models, prompts, read_mixture(settings, models.trunk, rows)), models
+
+
+def shake_adapter(model: nn.Module, adapter: str, seed: int = 0) -> None:
+    """Make an adapter's product different from 0, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"lora_B.{adapter}." in name:
+                parameter.normal_(std=0.3, generator=generator)
