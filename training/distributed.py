@@ -222,7 +222,9 @@ def _shard(
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     root = _Root(model)
-    fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    # FSDP would leave the root's weights whole after a forward pass without a backward one, and an optimizer or a
+    # checkpoint made then would hold those and not the shards.
+    fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     return root
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.model_directory import DataFile, JsonValue, Manifest, Parent, hash_directory
+from quant.model_directory import DataFile, Manifest, Parent, hash_directory
 from serving.model.chat_format import ChatFormat, ChatMessage
 from serving.model.tokenizer import ModelTokenizer
 from training.batches import Batch, Sample, pad_rows
-from training.data.load import LoadPolicy, load_rankings
+from training.data.load import CleaningReport, LoadPolicy, load_rankings
 from training.data.records import Ranking
 from training.distributed import Spread, full_tensor, join_ranks, spread_model
 from training.errors import DataError, TrainingError
@@ -64,7 +64,11 @@ class RankingData:
     held_out: tuple[EncodedRanking, ...]
     too_long: int
     files: tuple[DataFile, ...]
-    cleaning: Mapping[str, JsonValue]
+    cleaning: CleaningReport
+
+    @property
+    def summary(self) -> str:
+        return f"rankings: {self.cleaning}; {len(self.held_out):,} held out, {self.too_long:,} too long"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,8 @@ def run(settings: RewardSettings) -> None:
     with join_ranks(compute.device) as ranks:
         trunk = load_trunk(settings.model, compute, settings, checkpointing=settings.gradient_checkpointing)
         data = read_rankings(settings, trunk)
+        if ranks.is_first:
+            print(data.summary, file=sys.stderr)
         model = new_reward_model(trunk, settings)
         spread = spread_model(
             model,
@@ -138,8 +144,7 @@ def read_rankings(settings: RewardSettings, trunk: Trunk) -> RankingData:
         if not rows:
             raise DataError(f"no ranking is left to {name} within {settings.length} tokens; raise --length")
     too_long = len(train) + len(held_out) - sum(map(len, encoded))
-    print(f"rankings: {loaded.report}; {len(encoded[1]):,} held out, {too_long:,} too long", file=sys.stderr)
-    return RankingData(encoded[0], encoded[1], too_long, loaded.files, loaded.report.record())
+    return RankingData(encoded[0], encoded[1], too_long, loaded.files, loaded.report)
 
 
 def split_by_prompt(rankings: Sequence[Ranking], share: float) -> tuple[tuple[Ranking, ...], tuple[Ranking, ...]]:
@@ -255,7 +260,7 @@ def finish(
         metrics={
             **manifest_metrics(report),
             **loss_improvement(ranking_losses(data.held_out, before), ranking_losses(data.held_out, after)),
-            "cleaning": data.cleaning,
+            "cleaning": data.cleaning.record(),
             "rankings_too_long": data.too_long,
         },
         chat_format_sha256=model.chat_format.sha256,

@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from serving import cli
+from tests.training.rl_world import write_model
 from tests.training.tiny_llama import tiny_llama
+from training.data.generated import generate_rankings
+from training.data.records import encode_row
 from training.distributed import ALONE, ONE_RANK, Ranks, Spread, full_tensors, layers_of, require_sharded, spread_model
 from training.errors import TrainingError
 
@@ -64,6 +69,27 @@ def test_gathered_weights_in_bfloat16_stay_near_and_resume_bit_for_bit(tmp_path:
     found = sharded_result(tmp_path, "bfloat16")
     assert 0 < found["gradient_error"] <= 0.1 * found["gradient_scale"]
     assert found["resumed_equal"]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_stage_on_two_ranks_writes_what_one_process_writes(tmp_path: Path, method: str) -> None:
+    model, data = write_model(tmp_path / "sft"), tmp_path / "rankings.jsonl"
+    data.write_bytes(b"".join(encode_row(row) + b"\n" for row in generate_rankings("train", 24)))
+    flags = ["--model", str(model), "--data", str(data), "--method", method, "--precision", "float32"]
+    flags += ["--length", "96", "--batch-size", "6", "--micro-batch-size", "2", "--max-steps", "2"]
+    train = ["train", "reward", *flags]
+    done = run_on_two_ranks("serving.cli", [*train, "--sharding", "fsdp", "--out", str(tmp_path / "two")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("held out") == 1
+    assert cli.main([*train, "--out", str(tmp_path / "one")]) == 0
+    for name in ("model.safetensors", "reward_head.safetensors"):
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        assert set(one) == set(two)
+        assert all(torch.allclose(tensor, two[key], atol=1e-5) for key, tensor in one.items())
+    refused = run_on_two_ranks("serving.cli", [*train, "--out", str(tmp_path / "refused")])
+    assert "2 processes and --sharding none" in refused.stderr
+    assert refused.returncode != 0
 
 
 @pytest.mark.unit
