@@ -233,7 +233,11 @@ class EvaluateSettings:
     second_reward_model: Path | None = option(None, "another judge, to see over-optimisation of the first")
     best_of: int = option(1, "answers to each prompt, of which the reward model chooses", minimum=1)
     gate: Path | None = option(None, "TOML rules that the model must keep; exit code 1 if it does not")
-    measures: tuple[str, ...] = option((), "groups to compute (default: all that the other options allow)")
+    measures: tuple[str, ...] = option(
+        (),
+        "of texts conversations kl rewards lengths refusals moderation ifeval gsm8k mt_bench vicuna "
+        "(default: all that the other options allow)",
+    )
     data: Path | None = option(None, "directory with eval/, moderation/, prompts/ and sft/ (default: CAUSERIE_DATA)")
     texts: tuple[Path, ...] = option((), "plain text for the perplexity (default: DATA/eval/ppl_*)")
     conversations: Path | None = option(None, "held-out conversations (default: DATA/sft/val)")
@@ -245,3 +249,32 @@ class EvaluateSettings:
     seed: int = option(0, "of sampling and of bootstrap intervals", minimum=0)
     precision: Literal["bfloat16", "float32"] = option("bfloat16", "of the engine; bfloat16 is what is served")
     kv_megabytes: int = option(256, "KV cache of the engine", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTrainSettings:
+    """What training a model would take: memory of each device, a sharding that fits, time and cost."""
+
+    model: str = option(..., "named size; `causerie plan sizes` lists them")
+    gpus: str = option(..., "devices, as in 512xh100; `causerie plan devices` lists them")
+    tokens: str = option(..., "tokens to train on, as in 780b, 20m or 1.5e9")
+    length: int = option(2048, "tokens of a row", minimum=1)
+    micro_batch_size: int = option(1, "rows of one forward pass on one device", minimum=1)
+    method: Method = option("full", "full weights, LoRA adapters, or LoRA on a trunk in 4 bits (NF4)")
+    lora_rank: int = option(16, "columns of an adapter", applies=_ADAPTERS, minimum=1)
+    mfu: float | None = option(None, "share of the peak that is reached (default: the device's)", above=0, maximum=1)
+    price: float | None = option(None, "dollars for an hour of one device (default: the device's)", minimum=0)
+    json: bool = option(False, "print the plan as one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanServeSettings:
+    """What serving a model would take: memory, devices that share it, speed at best and cost."""
+
+    model: str = option(..., "named size; `causerie plan sizes` lists them")
+    gpus: str = option("1xh100", "devices, as in 8xa100-80; `causerie plan devices` lists them")
+    bits: Literal["4", "8", "16"] = option("4", "of a weight; 4 and 8 by GPTQ")
+    length: int = option(2048, "tokens of a conversation", minimum=1)
+    sequences: int = option(8, "conversations at a time", minimum=1)
+    price: float | None = option(None, "dollars for an hour of one device (default: the device's)", minimum=0)
+    json: bool = option(False, "print the plan as one JSON object")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from PIL import Image
 
 from quant.progress import SilentProgress
@@ -18,7 +19,8 @@ from training.evaluate import run as run_module
 from training.evaluate.catalogue import CATALOGUE
 from training.evaluate.gate import GateFailed
 from training.evaluate.report import Evaluation
-from training.evaluate.run import evaluate, run
+from training.evaluate.run import evaluate, load_scorer, run
+from training.reward_model import RewardRecord, save_reward_head
 from training.settings import EvaluateSettings
 
 pytestmark = pytest.mark.unit
@@ -134,6 +136,18 @@ def test_a_run_that_fails_leaves_the_old_report_untouched(model: Path, tmp_path:
         evaluate(settings, load_fake_scorer, SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "report.md").read_text() == "the old one"
+
+
+def test_a_reward_models_directory_is_a_judge(model: Path, tmp_path: Path) -> None:
+    """Through the loader that the command uses."""
+    judge = tmp_path / "judge"
+    shutil.copytree(model, judge)
+    head = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    save_reward_head(judge, head, RewardRecord(mean=0.5, deviation=2.0, trunk_sha256="0" * 64, length=256))
+    settings = replace(settings_of(model, tmp_path / "out"), measures=("rewards",), reward_model=judge)
+    evaluation = evaluate(settings, load_scorer, SilentProgress())
+    assert evaluation.judges == ("judge",)
+    assert evaluation.new["reward"].count == 2
 
 
 @pytest.mark.parametrize(("bound", "passes"), [("min = 0.0", True), ("max = -1.0", False)])
