@@ -183,9 +183,10 @@ def _gain(stage: str, metrics: Mapping[str, object], seconds: float) -> Gain:
         return Gain(stage, "pairs ranked right", before, after, right, round(pairs) - right, seconds)
     measure = "reward" if stage == "ppo" else "loss"
     label = "reward of an answer" if stage == "ppo" else "loss, nats per token"
-    after = number(f"held_out_{measure}_after") if stage == "ppo" else number("held_out_loss")
     better, worse = round(number("held_out_rows_better")), round(number("held_out_rows_worse"))
-    return Gain(stage, label, number(f"held_out_{measure}_before"), after, better, worse, seconds)
+    return Gain(
+        stage, label, number(f"held_out_{measure}_before"), number(f"held_out_{measure}"), better, worse, seconds
+    )
 
 
 def _command(*arguments: str) -> None:

@@ -179,7 +179,7 @@ def prepare_tokenizer(settings: PretrainSettings, texts: Texts, size: ModelSize,
 
 
 def cut_rows(tokenizer: ModelTokenizer, texts: Sequence[str], length: int) -> Tensor:
-    """(rows, length) int64: the texts one after the other, <|endoftext|> before each; the rest at the end is dropped."""
+    """(rows, length) int64: the texts one after the other, <|endoftext|> before each; what is left over is dropped."""
     start_id = next((token.token_id for token in tokenizer.added_tokens if token.text == END_OF_TEXT), None)
     start = [start_id] if start_id is not None else sorted(tokenizer.eos_ids)[:1]
     ids: list[Tensor] = [torch.tensor(start + tokenizer.encode(text), dtype=torch.int32) for text in texts]
