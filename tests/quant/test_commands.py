@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant import quantize_directory
 from quant.commands import ServingAccess, quantize, stored_dtype
@@ -48,7 +49,7 @@ def test_a_directory_is_quantised_and_summed_up(
 
 
 def test_a_palm_model_is_quantised_and_measured_on_the_serving_path(tmp_path: Path) -> None:
-    source, out = write_source(tmp_path / "source", vocab_size=2048, **PALM), tmp_path / "out"
+    source, out = write_source(tmp_path / "source", torch.float16, vocab_size=2048, **PALM), tmp_path / "out"
     write_tokenizer("smollm2", source)
     assert main(["quantize", str(source), str(out), *FEW]) == 0
     report = json.loads((out / "quantization_report.json").read_text())
@@ -135,7 +136,6 @@ def test_a_conversation_that_the_template_refuses_is_named(source: Path, tmp_pat
 
 
 def test_weights_of_several_types_load_in_one_that_holds_them_all(tmp_path: Path) -> None:
-    import torch
     from safetensors.torch import load_file, save_file
 
     directory = write_source(tmp_path / "mixed")
