@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "train moderation": ("moderation.commands:train_moderation", "train that classifier from its sources"),
     "train": ("training.commands:train", "pretrain, sft, reward, ppo, dpo, grpo: one stage of training"),
     "evaluate": ("training.commands:evaluate", "measure a model, and decide whether it may replace another"),
+    "plan": ("training.commands:plan", "memory, time and cost of training or serving a model, before renting anything"),
     "pipeline": ("training.commands:pipeline", "all of that for a tiny model, in minutes, up to one chat turn"),
     "models list": ("serving.commands:models_list", "the models that have a name, and which are prepared"),
 }

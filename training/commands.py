@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-__all__ = ["evaluate", "pipeline", "train"]
+__all__ = ["evaluate", "pipeline", "plan", "train"]
 
 EXAMPLES = """\
 examples:
@@ -88,6 +88,13 @@ def pipeline(argv: Sequence[str]) -> int:
     from training.pipeline import run
 
     return run(argv)
+
+
+def plan(argv: Sequence[str]) -> int:
+    """`causerie plan train|serve|sizes|devices`. Returns 1 if what is planned does not fit."""
+    from training.plan.run import plan
+
+    return plan(argv)
 
 
 def _run(name: str, stage: Stage, argv: Sequence[str], examples: str) -> int:

@@ -49,6 +49,11 @@ class ModelSize:
     norm_eps: float = 1e-5
 
     @property
+    def is_buildable(self) -> bool:
+        """PaLM- and Llama-style models; the others are there to plan with."""
+        return self.gated and not self.biased and self.positions == "rotary"
+
+    @property
     def embedding_parameters(self) -> int:
         return self.vocab * self.hidden
 
@@ -87,7 +92,7 @@ def config_of(size: ModelSize) -> dict[str, JsonValue]:
 
     Raises TrainingError for a size that is listed for planning only (learned positions, ALiBi or ungated layers).
     """
-    if not size.gated or size.biased or size.positions != "rotary":
+    if not size.is_buildable:
         raise TrainingError(f"{size.name} is a size to plan with; PaLM-style and Llama-style models can be built")
     common: dict[str, JsonValue] = {
         "vocab_size": size.vocab,
