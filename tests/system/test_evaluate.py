@@ -27,8 +27,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     source = prepare_source(MODEL, cache, SilentProgress())
     sizes = ["--max-prompts", "4", "--max-new-tokens", "16", "--max-text-bytes", "4096"]
     measures = ["--measures", "texts", "conversations", "kl", "lengths", "vicuna"]
+    texts = ["--texts", str(DATA / "eval" / "ppl_books_en.txt")]
     words = ["evaluate", str(quantised), "--against", str(source), "--data", str(DATA), "--out", str(out)]
-    assert main([*words, *sizes, *measures]) == 0
+    assert main([*words, *sizes, *texts, *measures]) == 0
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 

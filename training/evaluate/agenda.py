@@ -26,11 +26,20 @@ from training.evaluate.questions import QuestionSet, find_data, read_labelled, r
 from training.options import flag_of
 from training.settings import EvaluateSettings
 
-__all__ = ["Agenda", "make_agenda"]
+__all__ = ["REPORT_NAME", "Agenda", "make_agenda"]
 
+REPORT_NAME = "report.json"
 MAX_PASSAGE_BYTES = 2048
 _HARMFUL = ("moderation/test_user_prompts_crossdomain", "moderation/test_xstest")
 _HARMLESS = ("moderation/test_xstest",)
+# Which groups a setting has an effect on.
+_READERS = {
+    "reward_model": frozenset({"rewards", "gsm8k", "mt_bench", "vicuna"}),
+    "best_of": frozenset({"rewards"}),
+    "texts": frozenset({"texts"}),
+    "conversations": frozenset({"conversations"}),
+    "prompts": frozenset({"kl", "rewards", "lengths", "moderation"}),
+}
 _EVAL_FILES = {
     "ifeval": "eval/ifeval",
     "gsm8k": "eval/gsm8k_test",
@@ -54,10 +63,12 @@ class Agenda:
 
 def make_agenda(settings: EvaluateSettings, environment: Mapping[str, str] | None = None) -> Agenda:
     """Raises TrainingError for settings that contradict each other, missing data, or a rule that cannot be decided."""
+    _check_out(settings.out)
     environ = os.environ if environment is None else environment
     data = settings.data or (Path(environ["CAUSERIE_DATA"]) if environ.get("CAUSERIE_DATA") else None)
     given = _given(settings)
     groups, skipped = _choose_groups(settings, given)
+    _refuse_without_effect(settings, groups)
     rules = () if settings.gate is None else read_rules(settings.gate)
     check_rules(rules, computed_measures(groups, given), settings.against is not None)
     questions = _questions(settings, data, groups)
@@ -76,6 +87,12 @@ def make_agenda(settings: EvaluateSettings, environment: Mapping[str, str] | Non
             *conversation_files,
         ),
     )
+
+
+def _check_out(out: Path) -> None:
+    """The report replaces what lies at OUT whole, so that may only be an older report or nothing."""
+    if out.exists() and not (out / REPORT_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise TrainingError(f"--out {out} exists and is no evaluation report; it would be replaced: choose another")
 
 
 def _given(settings: EvaluateSettings) -> set[Need]:
@@ -115,6 +132,20 @@ def _choose_groups(settings: EvaluateSettings, given: Collection[Need]) -> tuple
     return chosen, skipped
 
 
+def _refuse_without_effect(settings: EvaluateSettings, groups: Collection[str]) -> None:
+    given = {
+        "reward_model": settings.reward_model is not None,
+        "best_of": settings.best_of > 1,
+        "texts": bool(settings.texts),
+        "conversations": settings.conversations is not None,
+        "prompts": settings.prompts is not None,
+    }
+    for name, readers in _READERS.items():
+        if given[name] and readers.isdisjoint(groups):
+            chosen, useful = " ".join(groups), ", ".join(sorted(readers))
+            raise TrainingError(f"{flag_of(name)} has no effect with --measures {chosen}; it is for {useful}")
+
+
 def _same_tokenizer(model: Path, against: Path) -> bool:
     """Also True where a directory has none, which loading the model will report better."""
     texts = [path / TOKENIZER_FILE for path in (model, against)]
@@ -124,7 +155,7 @@ def _same_tokenizer(model: Path, against: Path) -> bool:
 def _questions(settings: EvaluateSettings, data: Path | None, groups: Collection[str]) -> dict[str, QuestionSet]:
     limit = settings.max_prompts
     sets: dict[str, QuestionSet] = {}
-    if not {"kl", "rewards", "lengths", "moderation"}.isdisjoint(groups):
+    if not _READERS["prompts"].isdisjoint(groups):
         path = settings.prompts or find_data(data, "prompts/val")
         sets["prompts"] = read_questions(path, "prompts", limit)
     if not {"refusals", "moderation"}.isdisjoint(groups):

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from moderation.policy import load_policy
 from quant.model_directory import publish_directory
 from quant.progress import BarProgress, LineProgress, ProgressSink
-from training.evaluate.agenda import Agenda, make_agenda
+from training.evaluate.agenda import REPORT_NAME, Agenda, make_agenda
 from training.evaluate.answers import first_answers, write_answers
 from training.evaluate.examine import Findings, examine
 from training.evaluate.figures import (
@@ -43,6 +43,9 @@ LoadScorer: TypeAlias = Callable[[Path], Scorer]
 
 def run(settings: EvaluateSettings) -> None:
     """Writes OUT and prints the gate's table. Raises GateFailed if a rule is broken, TrainingError before any work."""
+    for path in (settings.reward_model, settings.second_reward_model):
+        if path is not None:
+            check_scorer(path)
     with _progress() as progress:
         evaluation = evaluate(settings, load_scorer, progress)
     print(f"{settings.out} written: report.md, report.json, plots/, answers/, pages/", file=sys.stderr)
@@ -66,6 +69,13 @@ def evaluate(settings: EvaluateSettings, load_scorer: LoadScorer, progress: Prog
     evaluation = _sum_up(settings, agenda, contenders)
     _write(settings.out, evaluation, contenders, make_pages(contenders, agenda))
     return evaluation
+
+
+def check_scorer(directory: Path) -> None:
+    """Judges are loaded after hours of sampling; a directory that is none is found before. Raises CheckpointError."""
+    from training.reward_model import load_reward_head
+
+    load_reward_head(directory)
 
 
 def load_scorer(directory: Path) -> Scorer:
@@ -151,7 +161,7 @@ def _write(out: Path, evaluation: Evaluation, contenders: Sequence[Contender], p
         plots = write_plots(evaluation, _answer_tokens(contenders), folder / "plots")
         _write_pages(folder / "pages", evaluation, pages)
         record = json.dumps(as_json(evaluation), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / "report.json").write_text(record + "\n", encoding="utf-8")
+        (folder / REPORT_NAME).write_text(record + "\n", encoding="utf-8")
         (folder / "report.md").write_text(as_markdown(evaluation, plots, bool(pages)), encoding="utf-8")
 
 

@@ -61,6 +61,8 @@ def test_only_what_is_asked_for_needs_data(settings: EvaluateSettings, tmp_path:
         ({"measures": ("ifevl",)}, "'ifevl' is no group of measures; did you mean 'ifeval'"),
         ({"measures": ("rewards",)}, r"cannot be computed: rewards \(needs --reward-model\)"),
         ({"second_reward_model": Path("judge")}, "--second-reward-model has no effect without --reward-model"),
+        ({"measures": ("texts",), "reward_model": Path("judge")}, "--reward-model has no effect with --measures texts"),
+        ({"measures": ("kl",), "texts": (Path("a"),)}, "--texts has no effect with --measures kl; it is for texts"),
         ({"best_of": 4}, "--best-of 4 needs a --reward-model"),
         ({"best_of": 4, "reward_model": Path("judge"), "temperature": 0.0}, "--best-of 4 has no effect with"),
     ],
@@ -110,3 +112,10 @@ def test_validation_texts_stay_out(settings: EvaluateSettings, tmp_path: Path) -
         (tmp_path / "eval" / name).write_text("Some text.\n")
     agenda = make_agenda(replace(settings, data=tmp_path, measures=("texts",)), {})
     assert set(agenda.passages) == {"ppl_some_test"}
+
+
+def test_a_model_is_not_replaced_by_its_report(settings: EvaluateSettings, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="exists and is no evaluation report"):
+        make_agenda(replace(settings, out=settings.model), {})
+    (tmp_path / "report.json").write_text("{}")
+    assert make_agenda(replace(settings, out=tmp_path, measures=("texts",)), {}).groups == ("texts",)

@@ -40,3 +40,12 @@ def test_a_contradiction_is_one_line(model: Path, tmp_path: Path, capsys: pytest
     assert main(arguments(model, tmp_path / "report", "--best-of", "4")) == 1
     assert capsys.readouterr().err == "causerie: --best-of 4 needs a --reward-model to choose by\n"
     assert not (tmp_path / "report").exists()
+
+
+def test_a_judge_that_is_none_is_refused_before_any_sampling(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model, tmp_path / "report", "--measures", "rewards", "--reward-model", str(model))) == 1
+    printed = capsys.readouterr()
+    assert "has no reward.json" in printed.err
+    assert "prompts" not in printed.err

@@ -121,7 +121,7 @@ def test_a_model_against_itself_differs_in_nothing(model: Path, tmp_path: Path) 
 def test_kl_is_measured_at_temperature_one_whatever_the_answers_are_sampled_at(
     model: Path, other_model: Path, tmp_path: Path
 ) -> None:
-    settings = replace(settings_of(model, tmp_path / "out"), against=other_model, measures=("kl",))
+    settings = replace(settings_of(model, tmp_path / "out"), against=other_model, measures=("kl",), reward_model=None)
     at_one = evaluate(settings, load_fake_scorer, SilentProgress())
     greedy = evaluate(replace(settings, temperature=0.0), load_fake_scorer, SilentProgress())
     assert greedy.new["kl_per_token"].value == pytest.approx(at_one.new["kl_per_token"].value, abs=1e-5)
@@ -130,12 +130,12 @@ def test_kl_is_measured_at_temperature_one_whatever_the_answers_are_sampled_at(
 def test_a_run_that_fails_leaves_the_old_report_untouched(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.md").write_text("the old one")
+    (out / "report.json").write_text("the old one")
     settings = replace(settings_of(model, out), measures=("rewards",), reward_model=Path("no judge"))
     with pytest.raises(TrainingError, match="is no judge"):
         evaluate(settings, load_fake_scorer, SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "report.md").read_text() == "the old one"
+    assert (out / "report.json").read_text() == "the old one"
 
 
 def test_a_reward_models_directory_is_a_judge(model: Path, tmp_path: Path) -> None:
@@ -160,6 +160,7 @@ def test_the_gate_decides_after_the_report_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(run_module, "load_scorer", load_fake_scorer)
+    monkeypatch.setattr(run_module, "check_scorer", load_fake_scorer)
     rules = tmp_path / "rules.toml"
     rules.write_text(f"answers_ended = {{max = 1}}\nreward = {{{bound}}}\n")
     settings = replace(settings_of(model, tmp_path / "out"), measures=("rewards", "lengths"), gate=rules)
