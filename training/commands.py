@@ -66,7 +66,7 @@ EVALUATE = Stage(
 def train(argv: Sequence[str]) -> int:
     """`causerie train STAGE ...`. Raises TrainingError with one line."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage(), end="")
+        print(_usage(), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     stage = STAGES.get(argv[0])
     if stage is None:

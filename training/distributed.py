@@ -161,7 +161,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, in main memory on every rank; others as they are. All ranks must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    on_mesh = tensor.to(tensor.device_mesh.device_type)
+    on_mesh = cast("DTensor", tensor.to(tensor.device_mesh.device_type))
     return on_mesh.full_tensor().cpu()
 
 

@@ -139,7 +139,7 @@ def chat_once(model: Path) -> tuple[str, str]:
                 "temperature": 0.5,
             }
             response = client.post("/v1/chat/completions", json=body)
-            if response.status_code != httpx.codes.OK:
+            if response.status_code != 200:
                 raise TrainingError(f"the chat turn was answered with {response.status_code}: {response.text[:300]}")
             return question, str(response.json()["choices"][0]["message"]["content"])
     finally:
@@ -208,7 +208,7 @@ def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> 
         if server.poll() is not None:
             raise TrainingError(f"the server ended with {server.returncode}; its message is above")
         try:
-            if client.get("/health/ready").status_code == httpx.codes.OK:
+            if client.get("/health/ready").status_code == 200:
                 return
         except httpx.TransportError:
             pass

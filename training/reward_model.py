@@ -92,7 +92,7 @@ class RewardModel(nn.Module):
         chat_format = load_chat_format(directory, tokenizer)
         if chat_format is None:
             raise CheckpointError(f"{directory} has no chat template; a reward model reads conversations")
-        trunk = cast("nn.Module", load_plain_model(directory, compute.precision)).to(compute.device)
+        trunk = load_plain_model(directory, compute.precision).to(compute.device)
         found, wanted = head.weight.shape[1], hidden_size_of(trunk)
         if found != wanted:
             raise CheckpointError(f"{directory / HEAD_FILE} is for hidden size {found}; the trunk's is {wanted}")

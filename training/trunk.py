@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from serving.model.tokenizer import ModelTokenizer
 from training.batches import Batch, attention_mask, is_plain_causal
 from training.errors import TrainingError
 from training.settings import AdapterSettings, Precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ADAPTER_FOLDER = "adapter"
 # Logits held at once: 2 ** 24 float32 numbers are 67 MB.
@@ -87,7 +84,7 @@ def load_trunk(directory: Path, compute: Compute, adapters: AdapterSettings, *, 
 def recompute_activations(model: nn.Module) -> None:
     """Gradient checkpointing, by the name that this transformers calls it."""
     enable = getattr(model, "activation_checkpointing_enable", None)
-    cast("Any", enable or cast("Any", model).gradient_checkpointing_enable)({"use_reentrant": False})
+    (enable or cast("Any", model).gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_chat_format(directory: Path, tokenizer: ModelTokenizer) -> ChatFormat | None:
@@ -97,7 +94,7 @@ def load_chat_format(directory: Path, tokenizer: ModelTokenizer) -> ChatFormat |
         return None
 
 
-def load_plain_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_plain_model(directory: Path, dtype: torch.dtype) -> nn.Module:
     """A transformers causal LM from a directory's safetensors. Raises CheckpointError for anything else."""
     from transformers import AutoModelForCausalLM
 
@@ -267,7 +264,7 @@ def _load_model(directory: Path, compute: Compute, adapters: AdapterSettings) ->
     if adapters.method == "qlora":
         return _load_four_bits(directory, compute)
     dtype = torch.float32 if adapters.method == "full" else compute.precision
-    return cast("nn.Module", load_plain_model(directory, dtype)).to(compute.device)
+    return load_plain_model(directory, dtype).to(compute.device)
 
 
 def _load_four_bits(directory: Path, compute: Compute) -> nn.Module:

@@ -70,7 +70,7 @@ def test_a_bug_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch, caps
     ("arguments", "hint"),
     [
         (["serv"], "unknown command `serv`; did you mean `serve`?"),
-        (["train"], "`train` needs one of: moderation"),
+        (["train"], "usage: causerie train STAGE"),
         (["models"], "`models` needs one of: list"),
         (["zzz"], "`causerie --help` lists the commands"),
     ],
