@@ -51,8 +51,8 @@ class AdapterSwitch:
             else:
                 layer.set_adapter(adapter)
                 layer.enable_adapters(True)
-        for _parameter, _learns in marks:
-            pass
+        for parameter, learns in marks:
+            parameter.requires_grad_(learns)
         self._active = adapter
 
 
