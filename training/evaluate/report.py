@@ -67,6 +67,7 @@ def as_markdown(evaluation: Evaluation, plots: Sequence[str], has_pages: bool) -
         _facts(evaluation),
         _gate(evaluation.rulings),
         *(_table(evaluation, group) for group in GROUPS),
+        _by_text(evaluation.perplexity_by_text),
         _instructions(evaluation.instructions),
         _notes(evaluation),
         "".join(f"![{name.removesuffix('.png')}](plots/{name})\n\n" for name in plots),
@@ -114,6 +115,13 @@ def _table(evaluation: Evaluation, group: str) -> str:
         measure = evaluation.new[name]
         rows.append(f"| {name} | {_cell(measure, info.is_percent)} |{old} {measure.count} | {info.about} |")
     return f"## {group.replace('_', ' ')}\n\n" + "\n".join(rows) + "\n"
+
+
+def _by_text(perplexities: Mapping[str, Measure]) -> str:
+    if not perplexities:
+        return ""
+    rows = "".join(f"| {name} | {_cell(one, False)} | {one.count} |\n" for name, one in perplexities.items())
+    return f"### Perplexity by text\n\n| text | perplexity | passages |\n| --- | ---: | ---: |\n{rows}"
 
 
 def _instructions(instructions: Mapping[str, Measure]) -> str:

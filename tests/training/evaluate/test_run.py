@@ -103,6 +103,7 @@ def test_the_report_says_what_the_json_says(full: tuple[Evaluation, Path, dict[s
     assert all(f"| {name} |" in text for name in CATALOGUE)
     assert f"{evaluation.new['answer_tokens'].value:.3g}" in text
     assert "# Evaluation of model against other" in text
+    assert all(f"| {name} |" in text for name in evaluation.perplexity_by_text)
 
 
 def test_a_model_against_itself_differs_in_nothing(model: Path, tmp_path: Path) -> None:
