@@ -97,14 +97,13 @@ def layer_activation_bytes(size: ModelSize, *, compute_bytes: int) -> float:
     """Kept for one token by one layer until its backward pass [A].
 
     norm:         the centred input twice and the normalised one (LayerNorm), or input and normalised one (RMS), in
-                  float32; and its output, which the linears read
+                  float32; and its output, which in lower precision each linear that reads it casts for itself
     attention:    turned queries and keys, values, and the result that the output projection reads
     feed-forward: gate, its activation, up and their product; without a gate, input and output of the activation
     """
-    if size.parallel:
-        norms = (3 * FLOAT32 + compute_bytes) * size.hidden
-    else:
-        norms = 2 * (2 * FLOAT32 + compute_bytes) * size.hidden
+    readers = 5 if size.gated else 4
+    outputs = compute_bytes * (readers if compute_bytes != FLOAT32 else 1 if size.parallel else 2)
+    norms = (3 * FLOAT32 if size.parallel else 2 * 2 * FLOAT32) * size.hidden + outputs * size.hidden
     attention = 2 * (size.heads + size.kv_heads) * size.head_dim
     feed_forward = (4 if size.gated else 2) * size.intermediate
     return norms + compute_bytes * (attention + feed_forward)

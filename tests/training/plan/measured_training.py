@@ -37,6 +37,7 @@ class MeasuredRun:
     rows: int
     length: int
     checkpointing: bool
+    bfloat16: bool = False
 
     def model_size(self) -> ModelSize:
         named = find_size(self.size)
@@ -72,7 +73,7 @@ def train(run: MeasuredRun) -> None:
     ).train()
     if run.checkpointing:
         recompute_activations(model)
-    compute = Compute(torch.device("cpu"), torch.float32)
+    compute = Compute(torch.device("cpu"), torch.bfloat16 if run.bfloat16 else torch.float32)
     optimizer = make_optimizer(model, OptimSettings(out=Path("unused")))
     objective = PackedObjective(model, compute, RandomRows(run))
     for step in range(2):

@@ -38,7 +38,9 @@ RUNS = {
     "palm, checkpointing": replace(PALM, checkpointing=True),
     "palm, mostly activations": replace(PALM, layers=2, rows=4, vocab=256),
     "palm, mostly logits": replace(PALM, layers=1, rows=4, vocab=8192),
+    "palm, bfloat16": replace(PALM, bfloat16=True),
     "llama": replace(PALM, size="llama-7b", layers=4),
+    "llama, bfloat16": replace(PALM, size="llama-7b", layers=4, rows=4, bfloat16=True),
 }
 
 
@@ -65,7 +67,8 @@ def measured_bytes(runs: Sequence[MeasuredRun]) -> list[int]:
 
 def planned_bytes(run: MeasuredRun) -> float:
     work = TrainWork(run.model_size(), tokens=1, length=run.length, micro_batch_size=run.rows)
-    return device_memory(work, Fleet(1, DEVICES["cpu"]), Layout(1, run.checkpointing)).total
+    device = replace(DEVICES["cpu"], compute_bytes=2 if run.bfloat16 else 4)
+    return device_memory(work, Fleet(1, device), Layout(1, run.checkpointing)).total
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
