@@ -66,11 +66,9 @@ CATALOGUE: Mapping[str, MeasureInfo] = {
     "second_reward_gain": _pair("rewards", "by the second reward model", "second_reward_model"),
     "second_win_rate": _pair("rewards", "by the second reward model", "second_reward_model", is_percent=True),
     "judges_disagree": _pair("rewards", "prompts on whose winner they differ", "second_reward_model", is_percent=True),
-    "best_of_reward_gain": MeasureInfo(
-        "rewards", "best-of-N over the first answer", ("reward_model", "best_of"), is_pairwise=True
-    ),
+    "best_of_reward_gain": MeasureInfo("rewards", "best-of-N over the first answer", ("reward_model", "best_of")),
     "second_best_of_reward_gain": MeasureInfo(
-        "rewards", "the same choice by the second", ("second_reward_model", "best_of"), is_pairwise=True
+        "rewards", "the same choice by the second", ("second_reward_model", "best_of")
     ),
     "best_of_win_rate": _pair("rewards", "best-of-N over the old model's answer", "best_of", is_percent=True),
     "second_best_of_win_rate": _pair(

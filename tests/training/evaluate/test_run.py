@@ -56,9 +56,7 @@ def full(
 def test_every_measure_of_the_catalogue_is_computed(full: tuple[Evaluation, Path, dict[str, Any]]) -> None:
     evaluation, _, report = full
     assert set(evaluation.new) == set(CATALOGUE)
-    assert set(evaluation.old) == {
-        name for name, info in CATALOGUE.items() if not info.is_pairwise or name.endswith("best_of_reward_gain")
-    }
+    assert set(evaluation.old) == {name for name, info in CATALOGUE.items() if not info.is_pairwise}
     assert set(report["measures"]) == set(CATALOGUE)
     assert report["questions"]["prompts"] == 2
 
