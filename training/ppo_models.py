@@ -133,11 +133,11 @@ def _both_on_reward_trunk(settings: PpoSettings, pair: PolicyPair) -> tuple[Judg
     from peft import get_peft_model
 
     compute = pair.trunk.compute
-    plain = load_plain_model(settings.reward_model, compute.precision).to(compute.device)
+    plain = load_plain_model(settings.reward_model, compute.precision)
     # Made as the policy's adapter is; it starts as the reward model itself, because B is 0.
     config = _policy_adapter_config(pair)
     with quiet():
-        model = get_peft_model(plain, config, adapter_name=CRITIC_ADAPTER)
+        model = get_peft_model(plain, config, adapter_name=CRITIC_ADAPTER).to(compute.device)
     _prepare_critic(model, settings)
     body = Body(model, compute, AdapterSwitch(model), CRITIC_ADAPTER)
     judge = IdJudge(Body(model, compute, body.switch, None), _reward_head(settings, body).requires_grad_(False))

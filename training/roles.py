@@ -144,7 +144,8 @@ def load_policy(
     prepare_mode(trunk.model, adapters, checkpointing=checkpointing)
     if adapters.method == "full":
         # Not in a smaller type: its rounding would be measured as divergence.
-        frozen = load_plain_model(directory, torch.float32).to(compute.device).eval().requires_grad_(False)
+        frozen = load_plain_model(directory, torch.float32).to(compute.device)
+        frozen.eval().requires_grad_(False)
         return PolicyPair(
             trunk,
             LanguageModel(Body(trunk.model, compute), temperature),

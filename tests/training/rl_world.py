@@ -49,10 +49,10 @@ def write_model(directory: Path, *, seed: int = 0, family: str = "smollm2", hidd
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    model = cast("PreTrainedModel", CohereForCausalLM(config))
+    model = CohereForCausalLM(config)
     generation = (directory / "generation_config.json").read_text()
     with quiet():
-        model.save_pretrained(str(directory))
+        cast("PreTrainedModel", model).save_pretrained(str(directory))
     (directory / "generation_config.json").write_text(generation)
     return directory
 
@@ -78,7 +78,7 @@ def write_reward_model(directory: Path, trunk: Path, *, seed: int = 1, with_adap
         with quiet():
             model = PeftModel.from_pretrained(plain, str(directory / ADAPTER_FOLDER)).merge_and_unload()
     with quiet():
-        model.save_pretrained(str(directory))
+        cast("PreTrainedModel", model).save_pretrained(str(directory))
     head = torch.randn(1, HIDDEN, generator=generator)
     save_reward_head(directory, head, RewardRecord(0.3, 1.7, hash_directory(trunk), 128))
     return directory
