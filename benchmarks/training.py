@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 TRL, TRL_WITH_PPO, PALM_RLHF = "1.16.0", "1.12.0", "0.8.0"
 PARTS = ("sft", "ppo", "palm", "reward")
@@ -305,7 +305,7 @@ def random_palm(data: Path, target: Path) -> tuple[Path, int]:
     write_tokenizer(train_tokenizer((row.text for row in rows), size.vocab), target)
     model = build_model(size, _load_tokenizer(target), 512)
     generation = (target / "generation_config.json").read_bytes()
-    model.save_pretrained(str(target))
+    cast("Any", model).save_pretrained(str(target))
     (target / "generation_config.json").write_bytes(generation)
     return target, sum(parameter.numel() for parameter in model.parameters())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,32 +118,35 @@ def test_no_conversation_has_no_score(model: RewardModel) -> None:
     assert model.score([]) == []
 
 
-def spoil_record(directory: Path, **values: object) -> None:
-    path = directory / RECORD_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def record(**changes: object) -> str:
+    values = {"mean": 0.3, "deviation": 1.7, "trunk_sha256": "f" * 64, "length": 128}
+    return json.dumps({**values, **changes})
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("name", "content", "words"),
     [
-        (lambda at: (at / RECORD_FILE).unlink(), "has no reward.json; give a directory that `causerie train reward`"),
-        (lambda at: (at / RECORD_FILE).write_text("{}"), "is not a reward model's record"),
-        (lambda at: spoil_record(at, deviation=0.0), "mean 0.3 and deviation 0.0"),
-        (lambda at: spoil_record(at, mean="NaN"), "mean nan"),
-        (lambda at: (at / HEAD_FILE).unlink(), "cannot be read"),
-        (lambda at: save_file({"weight": torch.zeros(2, HIDDEN)}, at / HEAD_FILE), r"expected one tensor 'weight'"),
-        (lambda at: save_file({"bias": torch.zeros(1)}, at / HEAD_FILE), r"expected one tensor 'weight'"),
-        (lambda at: save_file({"weight": torch.full((1, HIDDEN), torch.nan)}, at / HEAD_FILE), "not finite"),
-        (
-            lambda at: save_file({"weight": torch.zeros(1, 8)}, at / HEAD_FILE),
-            "is for hidden size 8; the trunk's is 16",
-        ),
-        (lambda at: (at / "chat_template.jinja").unlink(), "has no chat template"),
+        (RECORD_FILE, None, "has no reward.json; give a directory that `causerie train reward`"),
+        (RECORD_FILE, "{}", "is not a reward model's record"),
+        (RECORD_FILE, record(deviation=0.0), "mean 0.3 and deviation 0.0"),
+        (RECORD_FILE, record(mean="NaN"), "mean nan"),
+        (HEAD_FILE, None, "cannot be read"),
+        (HEAD_FILE, {"weight": torch.zeros(2, HIDDEN)}, r"expected one tensor 'weight'"),
+        (HEAD_FILE, {"bias": torch.zeros(1)}, r"expected one tensor 'weight'"),
+        (HEAD_FILE, {"weight": torch.full((1, HIDDEN), torch.nan)}, "not finite"),
+        (HEAD_FILE, {"weight": torch.zeros(1, 8)}, "is for hidden size 8; the trunk's is 16"),
+        ("chat_template.jinja", None, "has no chat template"),
     ],
 )
-def test_a_directory_that_is_not_whole_is_refused(tmp_path: Path, spoil: Callable[[Path], object], words: str) -> None:
+def test_a_directory_that_is_not_whole_is_refused(
+    tmp_path: Path, name: str, content: str | dict[str, torch.Tensor] | None, words: str
+) -> None:
     directory = write_reward_model(tmp_path / "reward", write_model(tmp_path / "trunk"))
-    spoil(directory)
+    (directory / name).unlink()
+    if isinstance(content, str):
+        (directory / name).write_text(content)
+    elif content is not None:
+        save_file(content, directory / name)
     with pytest.raises(CheckpointError, match=words):
         RewardModel.load(directory, COMPUTE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.batches import Sample
@@ -11,7 +10,7 @@ from training.batches import Sample
 VOCAB_SIZE = 64
 
 
-def tiny_llama(seed: int = 0, *, layers: int = 2, tied: bool = True) -> nn.Module:
+def tiny_llama(seed: int = 0, *, layers: int = 2) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=16,
@@ -20,9 +19,8 @@ def tiny_llama(seed: int = 0, *, layers: int = 2, tied: bool = True) -> nn.Modul
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         initializer_range=0.2,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)

@@ -7,6 +7,9 @@ TRL lives in an environment of its own and is never imported by the tests; they 
 The rows have unequal lengths, so that padding, targets and the last real token are all in play.
 """
 
+# TRL is not installed where types are checked.
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 import json
