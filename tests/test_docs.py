@@ -20,7 +20,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
 SETTINGS_MARK = re.compile(r"<!-- settings:.*?-->\n(.*?)<!-- end of settings -->", re.DOTALL)
 # Written by an installation or a run, so not in a checkout.
-MADE_LATER = {"causerie.json", "causerie.toml", "config.json", "quantize_config.json", "quantization_report.md"}
+MADE_LATER = {
+    "causerie.json",
+    "causerie.toml",
+    "config.json",
+    "quantize_config.json",
+    "quantization_report.md",
+    "reward_report.md",
+}
 
 
 def settings_table() -> str:
