@@ -121,7 +121,9 @@ def plot_run(run_dir: Path, title: str) -> Path:
         points = [(row["step"], row[name]) for row in rows if name in row]
         steps, values = [step for step, _ in points], [value for _, value in points]
         axes.plot(steps, values, color="0.75", linewidth=0.8)
-        axes.plot(steps, smooth(values), color="tab:blue", linewidth=1.4)
+        # A schedule is no noise.
+        line = values if name == "learning_rate" else smooth(values)
+        axes.plot(steps, line, color="tab:blue", linewidth=1.4)
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
@@ -131,8 +133,8 @@ def plot_run(run_dir: Path, title: str) -> Path:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the points, without the pull of its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
+    """Exponential mean over about a fiftieth of the points, without the pull of its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
     smoothed: list[float] = []
     total = weight = 0.0
     for value in values:
