@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(options.work_dir).expanduser()
     work.mkdir(parents=True, exist_ok=True)
     peers = make_peers(work)
-    found: dict[str, Any] = {"machine": machine(options.threads), "peers": {"trl": TRL, "trl_ppo": TRL_WITH_PPO}}
+    found: dict[str, Any] = {"machine": machine(options.threads), "peer_defaults": options.peer_defaults}
     measure: dict[str, Callable[[argparse.Namespace, Path, Peers], dict[str, Any]]] = {
         "sft": measure_sft,
         "ppo": measure_ppo,
@@ -116,7 +116,6 @@ def measure_sft(options: argparse.Namespace, work: Path, peers: Peers) -> dict[s
         **_common(options, model),
         "steps": options.steps,
         "batch_size": options.batch_size,
-        "gradient_checkpointing": False,
         "rows": [
             {
                 "input_ids": list(sample.ids),
@@ -355,7 +354,13 @@ def _iterations(
 
 
 def _common(options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    return {"model": str(model), "threads": options.threads, "adapter": ADAPTER, "optimizer": OPTIMIZER}
+    return {
+        "model": str(model),
+        "threads": options.threads,
+        "adapter": ADAPTER,
+        "optimizer": OPTIMIZER,
+        "peer_defaults": options.peer_defaults,
+    }
 
 
 def _ppo_task(options: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -402,6 +407,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-prompt-tokens", type=int, default=96)
     parser.add_argument("--train-pairs", type=int, default=400)
     parser.add_argument("--test-pairs", type=int, default=300)
+    parser.add_argument(
+        "--peer-defaults",
+        action="store_true",
+        help="TRL as it comes: activations recomputed, and in ppo a critic whose every weight learns",
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything here after each part")
     return parser.parse_args(argv)
 

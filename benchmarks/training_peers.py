@@ -56,7 +56,7 @@ def trl_sft(task: dict[str, Any], folder: str) -> dict[str, Any]:
             per_device_train_batch_size=task["batch_size"],
             train_sampling_strategy="sequential",
             dataset_kwargs={"skip_prepare_dataset": True},
-            gradient_checkpointing=task["gradient_checkpointing"],
+            gradient_checkpointing=task["peer_defaults"],
         ),
         train_dataset=Dataset.from_list(task["rows"]),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
@@ -84,7 +84,7 @@ def trl_reward(task: dict[str, Any], folder: str) -> dict[str, Any]:
             per_device_train_batch_size=task["batch_size"],
             per_device_eval_batch_size=task["batch_size"],
             max_length=None,
-            gradient_checkpointing=False,
+            gradient_checkpointing=task["peer_defaults"],
         ),
         train_dataset=Dataset.from_list(task["train_rows"]),
         eval_dataset=Dataset.from_list(task["test_rows"]),
@@ -121,9 +121,8 @@ def trl_ppo(task: dict[str, Any], folder: str) -> dict[str, Any]:
 
     value = scorer()
     # Adapters on the critic too, as ours has them: inside the model, since the trainer looks up its backbone by name.
-    inject_adapter_in_model(LoraConfig(**lora_arguments(task)), value.model)
-    for parameter in value.score.parameters():
-        parameter.requires_grad_(True)
+    if not task["peer_defaults"]:
+        inject_adapter_in_model(LoraConfig(**lora_arguments(task)), value.model)
     noted = StepEnds()
     trainer = PPOTrainer(
         args=PPOConfig(
@@ -132,7 +131,7 @@ def trl_ppo(task: dict[str, Any], folder: str) -> dict[str, Any]:
             use_cpu=True,
             bf16=task["precision"] == "bfloat16",
             save_strategy="no",
-            gradient_checkpointing=False,
+            gradient_checkpointing=task["peer_defaults"],
             per_device_train_batch_size=task["micro_batch_size"],
             gradient_accumulation_steps=task["rollout_size"] // task["micro_batch_size"],
             local_rollout_forward_batch_size=task["rollout_size"],

@@ -25,7 +25,7 @@ from training.reward_model import (
     new_head,
     read_reward_record,
 )
-from training.trunk import Compute
+from training.trunk import Compute, final_hidden
 
 pytestmark = pytest.mark.unit
 
@@ -63,6 +63,16 @@ def test_pad_columns_change_nothing(model: RewardModel) -> None:
     with torch.no_grad():
         plain, padded = model(pad_rows([sample])), model(pad_rows([sample], len(ids) + 7))
     assert float(plain) == pytest.approx(float(padded), abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_score_is_the_head_on_the_last_real_tokens_state(model: RewardModel) -> None:
+    rows = [conversation_ids(model.chat_format, model.tokenizer, messages) for messages in (SHORT, LONG)]
+    batch = pad_rows([Sample(ids, (False,) * len(ids)) for ids in rows])
+    hidden = final_hidden(model.trunk, batch)
+    by_hand = [float(model.head(hidden[row, len(ids) - 1])) for row, ids in enumerate(rows)]
+    assert model(batch).tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert model.score_ids(rows).tolist() == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_the_score_is_read_at_the_end_of_turn_token(model: RewardModel) -> None:
