@@ -8,6 +8,7 @@ import torch
 
 from serving.model.chat_format import ChatMessage
 from tests.training.rl_world import World, make_ppo, write_conversations, write_prompts, write_texts, write_world
+from training.batches import pad_rows
 from training.data.load import LoadPolicy
 from training.data.records import Conversation, Document
 from training.errors import DataError, TrainingError
@@ -104,7 +105,9 @@ def test_the_term_is_the_coefficient_times_the_mean_cross_entropy_at_temperature
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         for parameter in parameters:
             parameter.grad = None
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    batch = pad_rows(mixture.of_step(0, settings.seed))
+    mean = -float(replace(models.policy, temperature=1.0).logprobs(batch).detach().mean())
+    assert losses == [pytest.approx(mean, rel=1e-5)] * 2
     torch.testing.assert_close(gradients[1], 2 * gradients[0], rtol=1e-4, atol=1e-7)
 
 
