@@ -7,6 +7,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def train(settings: SftSettings, *, stop_at: int | None = None) -> tuple[bool, n
     # Dropout draws from the generator, so that its state matters too.
     for layer in model.modules():
         if hasattr(layer, "attention_dropout"):
-            layer.attention_dropout = 0.2
+            cast("Any", layer).attention_dropout = 0.2
     learner = Learner(model, make_optimizer(model, settings))
     objective = PackedObjective(model, CPU, data(2))
     chosen = objective if stop_at is None else Interrupting(objective, stop_at)
