@@ -169,7 +169,8 @@ def train_steps(
             if log is not None and (learner.step % settings.log_every == 0 or learner.step == num_steps):
                 log.record(learner.step, values)
             is_stopping = spread.is_any(stop.is_set)
-            if is_stopping or learner.step % settings.checkpoint_every == 0:
+            # At the end too: what follows (measuring, publishing) may fail, and --resume goes on there.
+            if is_stopping or learner.step % settings.checkpoint_every == 0 or learner.step == num_steps:
                 save(learner, run_dir, settings.keep_checkpoints)
             if is_stopping:
                 return False

@@ -64,6 +64,7 @@ def test_the_sign_test_is_the_exact_binomial() -> None:
     assert sign_test(5, 0) == 1 / 32
     assert sign_test(4, 1) == pytest.approx(6 / 32)
     assert sign_test(0, 0) == 1.0
+    assert sign_test(1500, 1500) == pytest.approx(0.507, abs=0.001)
 
 
 def test_rows_that_did_not_change_count_for_neither_side() -> None:
