@@ -1,5 +1,7 @@
 """Several processes train one model: parameters, gradients and optimizer state sharded by FSDP2, called directly.
 
+Or by DeepSpeed (`zero.py`), whose engine takes the optimizer as well and so starts later, in `shard_by_deepspeed`.
+
 torchrun starts the processes (`torchrun --nproc-per-node 8 -m serving.cli train sft --sharding fsdp ...`). Every rank
 knows all batches of a step and takes its share of them; only the first rank logs and writes. On one rank, and without
 sharding, everything here does nothing.
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from training.errors import TrainingError
+from training.zero import ZeroEngine, gathered, is_partitioned, require_deepspeed, start_engine
 
-Sharding: TypeAlias = Literal["none", "fsdp"]
+Sharding: TypeAlias = Literal["none", "fsdp", "deepspeed"]
 B = TypeVar("B")
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)
@@ -48,14 +52,22 @@ ONE_RANK = Ranks()
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A model and the ranks that it is spread over. root: None where it lies whole in one process."""
+    """A model and the ranks that it is spread over. root: None where it is not sharded. zero: DeepSpeed's engine."""
 
     ranks: Ranks = ONE_RANK
     root: nn.Module | None = None
+    zero: ZeroEngine | None = None
 
     def call(self, compute: Callable[[], T]) -> T:
         """`compute`, which may run the model. Every rank has to make the same calls in the same order."""
         return compute() if self.root is None else cast("T", self.root(compute))
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add this rank's gradient of `loss`. is_last: of the step."""
+        if self.zero is None:
+            loss.backward()
+        else:
+            self.zero.backward(loss, is_last=is_last)
 
     def share(self, batches: Sequence[B]) -> list[tuple[B, bool]]:
         """This rank's batches. False marks one that only keeps the ranks in step and must count for nothing."""
@@ -117,12 +129,21 @@ def spread_model(
         return ALONE
     if not dist.is_initialized():
         raise TrainingError(
-            "--sharding fsdp needs processes to shard over; start them with torchrun: "
+            f"--sharding {sharding} needs processes to shard over; start them with torchrun: "
             "torchrun --nproc-per-node 2 -m serving.cli train ..."
         )
+    if sharding == "deepspeed":
+        require_deepspeed(model, device)
+        return Spread(ranks)
     root = _shard(model, device, precision, cpu_offload, in_float32)
     require_sharded(model)
     return Spread(ranks, root)
+
+
+def shard_by_deepspeed(model: nn.Module, optimizer: Optimizer, ranks: Ranks, stage: int, max_norm: float) -> Spread:
+    """What `spread_model` leaves to do with DeepSpeed: until now `model` is whole on every rank."""
+    zero = start_engine(_Root(model), optimizer, stage, max_norm)
+    return Spread(ranks, zero.engine, zero)
 
 
 def require_sharded(model: nn.Module) -> None:
@@ -159,9 +180,11 @@ def on_all_ranks(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, in main memory on every rank; others as they are. All ranks must call it."""
+    if is_partitioned(tensor):
+        return gathered(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
-    on_mesh = cast("DTensor", tensor.to(tensor.device_mesh.device_type))
+    on_mesh = cast("DTensor", tensor.detach().to(tensor.device_mesh.device_type))
     return on_mesh.full_tensor().cpu()
 
 
@@ -175,7 +198,7 @@ def full_tensors(module: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in found:
-            whole = full_tensor(tensor.detach())
+            whole = full_tensor(tensor if is_partitioned(tensor) else tensor.detach())
             found[id(tensor)] = whole if keeps else torch.empty(0)
         state[name] = found[id(tensor)]
     return state if keeps else {}

@@ -22,7 +22,7 @@ from training.distributed import ALONE, Spread, join_ranks, spread_model
 from training.dpo_loss import dpo_losses, implicit_rewards
 from training.errors import DataError
 from training.improvement import loss_improvement
-from training.loop import Learner, count_steps, make_optimizer, parts, rows_of_step, run_directory, train_steps
+from training.loop import count_steps, make_learner, parts, rows_of_step, run_directory, train_steps
 from training.options import record_of
 from training.packed import batch_logprobs
 from training.prompts import require_chat_format
@@ -73,10 +73,10 @@ def run(settings: DpoSettings) -> None:
         train = with_reference(data.train, trunk.model, compute, size, spread)
         held_out = with_reference(data.held_out, trunk.model, compute, size, spread)
         objective = DpoObjective(trunk.model, compute, train, settings)
-        learner = Learner(trunk.model, make_optimizer(trunk.model, settings), spread=spread)
+        learner = make_learner(trunk.model, settings, spread)
         num_steps = count_steps(len(train), settings.batch_size, settings.epochs, settings.max_steps)
         if train_steps(learner, objective, settings, run_dir, stage="dpo", num_steps=num_steps):
-            metrics = measure(held_out, trunk.model, compute, settings, spread)
+            metrics = measure(held_out, trunk.model, compute, settings, learner.spread)
             finish_run(trunk, settings.out, run_dir, _manifest(settings, trunk, data, metrics), settings, ranks=ranks)
 
 

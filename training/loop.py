@@ -29,7 +29,7 @@ from training.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from training.distributed import ALONE, Spread, full_tensor
+from training.distributed import ALONE, Spread, full_tensor, shard_by_deepspeed
 from training.errors import TrainingError
 from training.run_log import RunLog
 from training.schedule import learning_rate_at
@@ -88,6 +88,8 @@ def run_directory(settings: RunSettings) -> Path:
     """OUT.run, after checking that the run may start there. Raises TrainingError."""
     directory = settings.out.with_name(settings.out.name + ".run")
     if settings.resume:
+        if isinstance(settings, OptimSettings) and settings.sharding == "deepspeed":
+            raise TrainingError("--resume: --sharding deepspeed writes no checkpoints; use --sharding fsdp")
         if latest_checkpoint(directory) is None:
             raise TrainingError(f"--resume: {directory} holds no checkpoint; start without --resume")
     elif latest_checkpoint(directory) is not None:
@@ -112,6 +114,15 @@ def make_optimizer(model: nn.Module, settings: OptimSettings, learning_rate: flo
     )
 
 
+def make_learner(model: nn.Module, settings: OptimSettings, spread: Spread) -> Learner:
+    """The model and its optimizer. With DeepSpeed, the learner's `spread` takes the place of the given one."""
+    optimizer = make_optimizer(model, settings)
+    if settings.sharding == "deepspeed":
+        stage = int(settings.zero_stage)
+        spread = shard_by_deepspeed(model, optimizer, spread.ranks, stage, settings.max_grad_norm)
+    return Learner(model, optimizer, spread=spread)
+
+
 def accumulate(objective: Objective[B], batches: Sequence[B], spread: Spread = ALONE) -> StepResult:
     """Add the gradient of the weighted mean loss over `batches` to the parameters.
 
@@ -121,10 +132,11 @@ def accumulate(objective: Objective[B], batches: Sequence[B], spread: Spread = A
     if total <= 0:
         raise TrainingError("a step has nothing to learn from: no batch of it holds a target")
     sums: dict[str, float] = {}
-    for batch, counts in spread.share(batches):
+    share = spread.share(batches)
+    for number, (batch, counts) in enumerate(share, 1):
         loss, values = spread.call(partial(objective.loss, batch))
         # Sharding takes the mean of the ranks' gradients; the loss is a sum over them.
-        (loss * (counts * spread.ranks.world_size / total)).backward()
+        spread.backward(loss * (counts * spread.ranks.world_size / total), is_last=number == len(share))
         for name, value in {"loss": loss.item(), **values}.items():
             sums[name] = sums.get(name, 0.0) + counts * value
     num_tokens = sum(objective.num_tokens(batch) for batch in batches)
@@ -156,6 +168,8 @@ def train_steps(
 ) -> bool:
     """Run to `num_steps`. Returns False if it was interrupted; the state is saved then.
 
+    With DeepSpeed nothing is saved, and an interruption raises TrainingError.
+
     after_step: called with the number of steps done; what it returns (a held-out loss) goes into the log.
     """
     if settings.resume:
@@ -169,8 +183,11 @@ def train_steps(
             if log is not None and (learner.step % settings.log_every == 0 or learner.step == num_steps):
                 log.record(learner.step, values)
             is_stopping = spread.is_any(stop.is_set)
+            if is_stopping and spread.zero is not None:
+                raise TrainingError(f"stopped after step {learner.step}; --sharding deepspeed saves only the end")
             # At the end too: what follows (measuring, publishing) may fail, and --resume goes on there.
-            if is_stopping or learner.step % settings.checkpoint_every == 0 or learner.step == num_steps:
+            is_due = learner.step % settings.checkpoint_every == 0 or learner.step == num_steps
+            if spread.zero is None and (is_stopping or is_due):
                 save(learner, run_dir, settings.keep_checkpoints)
             if is_stopping:
                 return False
@@ -266,7 +283,8 @@ def _one_step(learner: Learner, objective: Objective[B], settings: OptimSettings
         final_share=settings.final_learning_rate,
     )
     result = accumulate(objective, objective.micro_batches(learner.step), learner.spread)
-    norm = optimizer_step(learner.optimizer, rate, settings.max_grad_norm)
+    zero = learner.spread.zero
+    norm = zero.step(rate) if zero else optimizer_step(learner.optimizer, rate, settings.max_grad_norm)
     learner.step += 1
     elapsed = time.perf_counter() - started
     return {

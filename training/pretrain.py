@@ -23,9 +23,8 @@ from training.distributed import Ranks, Spread, join_ranks, spread_model
 from training.errors import TrainingError
 from training.improvement import loss_improvement
 from training.loop import (
-    Learner,
     count_steps,
-    make_optimizer,
+    make_learner,
     parts,
     rows_of_step,
     run_directory,
@@ -82,12 +81,12 @@ def _run(settings: PretrainSettings, compute: Compute, ranks: Ranks) -> None:
     )
     before = row_losses(model, compute, held_out, settings.micro_batch_size, spread)
     data = TextRows(rows, settings.batch_size, settings.micro_batch_size, settings.seed)
-    learner = Learner(model, make_optimizer(model, settings), spread=spread)
+    learner = make_learner(model, settings, spread)
     num_steps = count_steps(rows.shape[0], settings.batch_size, settings.epochs, settings.max_steps)
     objective = PackedObjective(model, compute, data, settings.z_loss)
     if not train_steps(learner, objective, settings, run_dir, stage="pretrain", num_steps=num_steps):
         return
-    after = row_losses(model, compute, held_out, settings.micro_batch_size, spread)
+    after = row_losses(model, compute, held_out, settings.micro_batch_size, learner.spread)
     manifest = Manifest(
         stage="pretrain",
         data=texts.files,

@@ -24,7 +24,7 @@ from training.data.records import Ranking
 from training.distributed import Spread, full_tensor, join_ranks, spread_model
 from training.errors import DataError, TrainingError
 from training.improvement import loss_improvement
-from training.loop import Learner, count_steps, make_optimizer, parts, rows_of_step, run_directory, train_steps
+from training.loop import count_steps, make_learner, parts, rows_of_step, run_directory, train_steps
 from training.options import record_of
 from training.publish import finish_run
 from training.reward_loss import Pairs, pairs_of, pairwise_logistic_loss
@@ -126,10 +126,10 @@ def run(settings: RewardSettings) -> None:
         )
         before = raw_scores(model, data.held_out, spread)
         objective = RewardObjective(model, data.train, settings)
-        learner = Learner(model, make_optimizer(model, settings), spread=spread)
+        learner = make_learner(model, settings, spread)
         num_steps = count_steps(len(data.train), settings.batch_size, settings.epochs, settings.max_steps)
         if train_steps(learner, objective, settings, run_dir, stage="reward", num_steps=num_steps):
-            finish(settings, trunk, model, data, before, spread, run_dir)
+            finish(settings, trunk, model, data, before, learner.spread, run_dir)
 
 
 def read_rankings(settings: RewardSettings, trunk: Trunk) -> RankingData:
@@ -247,7 +247,7 @@ def finish(
     record = normalisation(model, data, spread)
     after = raw_scores(model, data.held_out, spread)
     report = report_on(data, before, after, record)
-    weight = full_tensor(model.head.weight.detach())
+    weight = full_tensor(model.head.weight).detach()
     files: tuple[Path, ...] = ()
     if spread.ranks.is_first:
         files = (*save_reward_head(run_dir, weight, record), *write_report(report, run_dir))

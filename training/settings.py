@@ -46,7 +46,12 @@ class OptimSettings(RunSettings):
     beta2: float = option(0.95, "AdamW", minimum=0, maximum=1)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
-    sharding: Literal["none", "fsdp"] = option("none", "fsdp: weights, gradients and optimizer spread over the ranks")
+    sharding: Literal["none", "fsdp", "deepspeed"] = option(
+        "none", "fsdp: weights, gradients and optimizer spread over the ranks; deepspeed: by ZeRO, cannot be resumed"
+    )
+    zero_stage: Literal["1", "2", "3"] = option(
+        "2", "what is spread: optimizer (1), gradients too (2), weights too (3)", applies=("sharding", ("deepspeed",))
+    )
     cpu_offload: bool = option(False, "keep sharded weights in main memory", applies=("sharding", ("fsdp",)))
 
 

@@ -20,7 +20,7 @@ from training.data.records import Conversation
 from training.distributed import Ranks, join_ranks, spread_model
 from training.errors import DataError, TrainingError
 from training.improvement import loss_improvement
-from training.loop import Learner, count_steps, make_optimizer, run_directory, train_steps
+from training.loop import count_steps, make_learner, run_directory, train_steps
 from training.options import record_of
 from training.packed import PackedData, PackedObjective, Row, sample_losses, token_mean
 from training.publish import finish_run
@@ -64,12 +64,12 @@ def _run(settings: SftSettings, compute: Compute, ranks: Ranks) -> None:
     before = sample_losses(trunk.model, compute, data.held_out, settings.micro_batch_size, spread)
     rows = make_rows(data.train, settings)
     packed = PackedData(rows, settings.batch_size, settings.micro_batch_size, settings.seed)
-    learner = Learner(trunk.model, make_optimizer(trunk.model, settings), spread=spread)
+    learner = make_learner(trunk.model, settings, spread)
     num_steps = count_steps(len(rows), settings.batch_size, settings.epochs, settings.max_steps)
     objective = PackedObjective(trunk.model, compute, packed)
     if not train_steps(learner, objective, settings, run_dir, stage="sft", num_steps=num_steps):
         return
-    after = sample_losses(trunk.model, compute, data.held_out, settings.micro_batch_size, spread)
+    after = sample_losses(trunk.model, compute, data.held_out, settings.micro_batch_size, learner.spread)
     manifest = _manifest(settings, trunk, data, _metrics(data, before, after))
     finish_run(trunk, settings.out, run_dir, manifest, settings, ranks=ranks)
 
