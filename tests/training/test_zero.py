@@ -61,16 +61,24 @@ def test_a_stage_on_two_ranks_writes_what_one_process_writes(tmp_path: Path, sta
         assert not any(torch.allclose(two[key], before[key], atol=1e-4) for key in two if key in before)
 
 
+def found_nothing(name: str) -> None:
+    """A `find_spec` of an environment without the package."""
+
+
+def found_something(name: str) -> object:
+    return object()
+
+
 @pytest.mark.unit
 def test_a_missing_deepspeed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", found_nothing)
     with pytest.raises(TrainingError, match="pip install deepspeed"):
         require_deepspeed(nn.Linear(2, 2), torch.device("cuda"))
 
 
 @pytest.mark.unit
 def test_a_cpu_and_frozen_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", found_something)
     with pytest.raises(TrainingError, match="needs GPUs and would run on cpu"):
         require_deepspeed(nn.Linear(2, 2), CPU)
     monkeypatch.setattr(zero, "DEVICES", ("cpu",))
