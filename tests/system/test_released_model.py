@@ -117,7 +117,6 @@ def test_an_installation_without_it_says_so(product: Path, tmp_path: Path) -> No
     assert len(refused.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(not (RELEASE_FOLDER / RELEASED_MODEL).is_dir(), reason="no weights are released yet")
 def test_released_weights_are_what_the_list_says_and_answer(tmp_path: Path) -> None:
     directory = RELEASE_FOLDER / RELEASED_MODEL
     (named,) = (model for model in NAMED_MODELS if model.name == RELEASED_MODEL)
