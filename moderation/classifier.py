@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -22,13 +22,34 @@ from safetensors.numpy import load as load_safetensors
 from moderation.categories import Category
 from moderation.errors import ModerationError, WeightsError
 from moderation.features import FeatureOptions, hash_features
+from moderation.presets import Language, PresetName
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "NgramClassifier", "NgramConfig", "TextClassifier", "shipped_weights"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "NgramClassifier",
+    "NgramConfig",
+    "Scores",
+    "TextClassifier",
+    "shipped_weights",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
 FORMAT = "causerie-ngram-1"
 CURE = "reinstall causerie, or write new weights with `causerie train moderation`"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a classifier says of one text; every number is a probability.
+
+    `categories` holds the trained ones only, `extensions` names outside OpenAI's list ("jailbreak").
+    """
+
+    probability: float
+    categories: Mapping[Category, float] = field(default_factory=dict)
+    extensions: Mapping[str, float] = field(default_factory=dict)
 
 
 class TextClassifier(Protocol):
@@ -39,14 +60,15 @@ class TextClassifier(Protocol):
     @property
     def version(self) -> str: ...
     @property
-    def threshold(self) -> float:
+    def trained_categories(self) -> tuple[Category, ...]: ...
+    @property
+    def trained_extensions(self) -> tuple[str, ...]: ...
+    def threshold(self, preset: PresetName, language: Language) -> float:
         """The probability from which on the policy flags, chosen at training time."""
         ...
 
-    @property
-    def trained_categories(self) -> tuple[Category, ...]: ...
-    def probabilities(self, texts: Sequence[str]) -> list[float]:
-        """Calibrated probability that each text is harmful, in order."""
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
+        """One for each text, in order, each as if it were alone."""
         ...
 
 
@@ -85,12 +107,15 @@ class NgramClassifier:
         return self._config.version
 
     @property
-    def threshold(self) -> float:
-        return self._config.threshold
-
-    @property
     def trained_categories(self) -> tuple[Category, ...]:
         return ()
+
+    @property
+    def trained_extensions(self) -> tuple[str, ...]:
+        return ()
+
+    def threshold(self, preset: PresetName, language: Language) -> float:
+        return self._config.threshold
 
     @classmethod
     def load(cls, directory: Path | None = None) -> NgramClassifier:
@@ -100,8 +125,8 @@ class NgramClassifier:
         weights = _read_weights(root / WEIGHTS_FILE, config)
         return cls(config, weights)
 
-    def probabilities(self, texts: Sequence[str]) -> list[float]:
-        return [self._calibrate(self.logit(text)) for text in texts]
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
+        return [Scores(self._calibrate(self.logit(text))) for text in texts]
 
     @property
     def config(self) -> NgramConfig:

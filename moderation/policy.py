@@ -70,7 +70,7 @@ class Policy:
         self, classifier: TextClassifier, threshold: float | None = None, windows: WindowOptions | None = None
     ) -> None:
         """threshold: probability from which on a text is flagged, 0 < t <= 1; None takes the classifier's own."""
-        chosen = classifier.threshold if threshold is None else threshold
+        chosen = classifier.threshold("balanced", "en") if threshold is None else threshold
         if not 0.0 < chosen <= 1.0:
             raise ModerationError(f"the moderation threshold is {chosen}; it must be above 0 and at most 1")
         self._classifier = classifier
@@ -105,7 +105,7 @@ class Policy:
         pieces = [piece for text in texts for piece in split_windows(text, self._windows)]
         if not pieces:
             return 0.0
-        probabilities = self._classifier.probabilities(pieces)
+        probabilities = [scores.probability for scores in self._classifier.scores(pieces)]
         if len(probabilities) != len(pieces) or not all(math.isfinite(p) and 0.0 <= p <= 1.0 for p in probabilities):
             raise ModerationError(f"classifier {self.model_id} did not return one probability for each text")
         return max(probabilities)

@@ -42,12 +42,13 @@ NOT_TEXT = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """label: 1 harmful, 0 harmless."""
+    """label: 1 harmful, 0 harmless. category: as its source names it, several joined by commas; "none" if unknown."""
 
     text: str
     label: int
     lang: str
     source: str
+    category: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class _Labelled(msgspec.Struct):
     label: int
     lang: str
     source: str
+    category: str = "none"
 
 
 class _Message(msgspec.Struct):
@@ -131,7 +133,7 @@ def read_licences(data: Path) -> Licences:
 def labelled_rows(data: Path, name: str) -> tuple[list[Row], DataFile]:
     """Rows of a file of `moderation/`."""
     content = _read(data / name)
-    rows = [Row(r.text, r.label, r.lang, r.source) for r in _decode(data / name, content, _Labelled)]
+    rows = [Row(r.text, r.label, r.lang, r.source, r.category) for r in _decode(data / name, content, _Labelled)]
     return rows, _describe(name, content, len(rows))
 
 
@@ -173,7 +175,7 @@ def check_list(name: str) -> list[Row]:
         content = path.read_bytes()
     except OSError as error:
         raise ModerationError(f"{path} cannot be read ({error.strerror}); it is part of the source tree") from None
-    return [Row(r.text, r.label, r.lang, r.source) for r in _decode(path, content, _Labelled)]
+    return [Row(r.text, r.label, r.lang, r.source, r.category) for r in _decode(path, content, _Labelled)]
 
 
 def _conversations(data: Path, name: str) -> tuple[list[_Conversation], DataFile]:

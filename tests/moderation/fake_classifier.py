@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moderation.categories import Category
+from moderation.classifier import Scores
+from moderation.presets import Language, PresetName
 
 
 class WordClassifier:
     name = "words"
     version = "test"
-    threshold = 0.5
     trained_categories: tuple[Category, ...] = ()
+    trained_extensions: tuple[str, ...] = ()
 
     def __init__(self, probability_of_word: Mapping[str, float]) -> None:
         self._probability_of_word = probability_of_word
         self.seen: list[str] = []
 
-    def probabilities(self, texts: Sequence[str]) -> list[float]:
+    def threshold(self, preset: PresetName, language: Language) -> float:
+        return 0.5
+
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
         self.seen += texts
-        return [max([0.0, *(p for word, p in self._probability_of_word.items() if word in t)]) for t in texts]
+        return [Scores(max([0.0, *(p for word, p in self._probability_of_word.items() if word in t)])) for t in texts]
 
 
 class BrokenClassifier(WordClassifier):
@@ -29,5 +34,5 @@ class BrokenClassifier(WordClassifier):
         super().__init__({})
         self._answer = list(answer)
 
-    def probabilities(self, texts: Sequence[str]) -> list[float]:
-        return self._answer
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
+        return [Scores(probability) for probability in self._answer]

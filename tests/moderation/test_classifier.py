@@ -63,7 +63,7 @@ def test_everyday_list_has_sixty_sentences_in_both_languages() -> None:
     ],
 )
 def test_a_disguise_does_not_change_the_probability(plain: str, disguised: str) -> None:
-    before, after = NgramClassifier.load().probabilities([plain, disguised])
+    before, after = (scores.probability for scores in NgramClassifier.load().scores([plain, disguised]))
 
     assert after == before
 
@@ -72,11 +72,11 @@ def test_answers_do_not_depend_on_company_or_thread() -> None:
     classifier = NgramClassifier.load()
     texts = [row.text for row in check_list("everyday.jsonl") + check_list("blatant.jsonl")]
 
-    together = classifier.probabilities(texts)
+    together = classifier.scores(texts)
 
     with ThreadPoolExecutor(4) as pool:
-        alone = list(pool.map(classifier.probabilities, [[text] for text in texts]))
-    assert [probability for (probability,) in alone] == together
+        alone = list(pool.map(classifier.scores, [[text] for text in texts]))
+    assert [scores for (scores,) in alone] == together
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_answers_do_not_depend_on_company_or_thread() -> None:
     ["", " ", "a", "\ud800\udfff", "\u202e" * 1000, "a" + "\u0301" * 400, "\x00" * 400, "𝕜𝕚𝕝𝕝", "\U0010ffff"],
 )
 def test_odd_input_has_a_probability(text: str) -> None:
-    (probability,) = NgramClassifier.load().probabilities([text])
+    (scores,) = NgramClassifier.load().scores([text])
 
-    assert 0.0 <= probability <= 1.0
+    assert 0.0 <= scores.probability <= 1.0
 
 
 def test_a_hundred_thousand_combining_marks_are_answered() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from moderation.categories import Category
+from moderation.classifier import Scores
 from moderation.policy import Policy
+from moderation.presets import Language, PresetName
 from serving.model.chat_format import ChatMessage
 from training.evaluate.agenda import Agenda
 from training.evaluate.answers import Answer, AnswerSet
@@ -26,11 +28,14 @@ class WordClassifier:
 
     name = "words"
     version = "1"
-    threshold = 0.5
     trained_categories: tuple[Category, ...] = ()
+    trained_extensions: tuple[str, ...] = ()
 
-    def probabilities(self, texts: Sequence[str]) -> list[float]:
-        return [float("poison" in text) for text in texts]
+    def threshold(self, preset: PresetName, language: Language) -> float:
+        return 0.5
+
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
+        return [Scores(float("poison" in text)) for text in texts]
 
 
 class TableScorer:
