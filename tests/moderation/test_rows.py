@@ -73,7 +73,7 @@ def test_the_description_of_a_file_changes_with_its_content(tmp_path: Path) -> N
     rows, first = labelled_rows(tmp_path, "a.gz")
     _, second = labelled_rows(tmp_path, "b.gz")
 
-    assert rows == [Row("t", 1, "en", "s")]
+    assert rows == [Row("t", 1, "en", "s", "c")]
     assert (first.rows, second.rows) == (1, 2)
     assert first.sha256 != second.sha256
 
