@@ -1,7 +1,8 @@
 """Expands the phrase files of `moderation/data/written/` into labelled training rows. Called by training alone.
 
-A line may hold choices `[a|b]` and names of slot lists `{name}`; ways of asking come from `wrappers.toml` and are the
-same for harmful and harmless phrases. No test file had a part in writing the phrases.
+A line may hold choices `[a|b]` and names of slot lists `{name}`. Ways of asking come from `wrappers.toml`, lists that
+several files use from `slots.toml`: both are the same for harmful and harmless phrases, so that no group and no way of
+asking speaks for a label. No test file had a part in writing the phrases.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,12 +19,16 @@ import msgspec
 from moderation.errors import ModerationError
 from moderation.rows import Row
 
-__all__ = ["PHRASE_FILES", "WRAPPER_FILE", "expand_phrases", "written_directory"]
+__all__ = ["SLOT_FILE", "WRAPPER_FILE", "expand_phrases", "phrase_files", "written_directory"]
 
 Decoded = TypeVar("Decoded")
 
 WRAPPER_FILE = "wrappers.toml"
-PHRASE_FILES = ("en_harmful.toml", "en_harmless.toml", "zh_harmful.toml", "zh_harmless.toml")
+SLOT_FILE = "slots.toml"
+# Kinds written as people post, not as they ask an assistant: some of their rows are all in small or in capital letters.
+POSTED_KINDS = ("comments", "posts")
+SMALL_LETTERS_SHARE = 0.2
+CAPITALS_SHARE = 0.05
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 SLOT = re.compile(r"\{(\w+)\}")
 SPACES = re.compile(r" {2,}")
@@ -33,35 +38,55 @@ SPACES = re.compile(r" {2,}")
 class PhraseFile:
     label: int
     lang: str
-    slots: dict[str, list[str]]
     texts: dict[str, str]
+    slots: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    category: str = "none"
     share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How the lines of one kind in one file become text."""
+
+    slots: Mapping[str, Sequence[str]]
+    wrappers: Sequence[str]
+    is_posted: bool
 
 
 def written_directory() -> Path:
     return Path(__file__).parent / "data" / "written"
 
 
+def phrase_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*.toml") if path.name not in (WRAPPER_FILE, SLOT_FILE))
+
+
 def expand_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
     """Distinct rows, at most `rows_per_line` times the file's share from each line, the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311 - draws phrases, guards no secret
     wrappers = _read(directory / WRAPPER_FILE, dict[str, dict[str, list[str]]])
+    common = _read(directory / SLOT_FILE, dict[str, dict[str, list[str]]])
     rows: dict[str, Row] = {}
-    for name in PHRASE_FILES:
-        phrases = _read(directory / name, PhraseFile)
-        count = round(rows_per_line * phrases.share)
-        source = f"written_{name.removesuffix('.toml')}"
+    for path in phrase_files(directory):
+        phrases = _read(path, PhraseFile)
+        slots = common[phrases.lang] | phrases.slots
+        source = f"written_{path.stem}"
         for kind, lines in phrases.texts.items():
+            writing = Writing(slots, wrappers[phrases.lang][kind], is_posted=kind in POSTED_KINDS)
             for line in filter(None, map(str.strip, lines.splitlines())):
-                for text in _expand_line(line, phrases.slots, wrappers[phrases.lang][kind], rng, count):
-                    rows.setdefault(text, Row(text, phrases.label, phrases.lang, source))
+                for _ in range(round(rows_per_line * phrases.share)):
+                    text = _write(line, writing, rng)
+                    rows.setdefault(text, Row(text, phrases.label, phrases.lang, source, phrases.category))
     return list(rows.values())
 
 
-def _expand_line(
-    line: str, slots: Mapping[str, Sequence[str]], wrappers: Sequence[str], rng: random.Random, count: int
-) -> list[str]:
-    return [_wrap(_fill(line, slots, rng), rng.choice(wrappers), rng) for _ in range(count)]
+def _write(line: str, writing: Writing, rng: random.Random) -> str:
+    text = rng.choice(writing.wrappers).replace("{}", _fill(line, writing.slots, rng))
+    if writing.is_posted and rng.random() < SMALL_LETTERS_SHARE:
+        return text.lower()
+    if writing.is_posted and rng.random() < CAPITALS_SHARE:
+        return text.upper()
+    return text[0].upper() + text[1:] if rng.random() < 0.5 else text
 
 
 def _fill(line: str, slots: Mapping[str, Sequence[str]], rng: random.Random) -> str:
@@ -73,11 +98,6 @@ def _fill(line: str, slots: Mapping[str, Sequence[str]], rng: random.Random) -> 
             raise ModerationError(f"phrase {line!r} uses the unknown list {{{match[1]}}}; known are {sorted(slots)}")
         line = line[: match.start()] + rng.choice(slots[match[1]]) + line[match.end() :]
     return SPACES.sub(" ", line).strip()
-
-
-def _wrap(phrase: str, wrapper: str, rng: random.Random) -> str:
-    text = wrapper.replace("{}", phrase)
-    return text[0].upper() + text[1:] if rng.random() < 0.5 else text
 
 
 def _read(path: Path, kind: type[Decoded]) -> Decoded:
