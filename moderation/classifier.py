@@ -6,38 +6,24 @@ n-grams, read from safetensors and evaluated with numpy alone. `moderation.polic
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
 from moderation.categories import Category
-from moderation.errors import ModerationError, WeightsError
+from moderation.errors import WeightsError
 from moderation.features import FeatureOptions, hash_features
 from moderation.presets import Language, PresetName
+from moderation.weight_files import CONFIG_FILE, CURE, TENSORS_FILE, read_config, read_tensors
 
-__all__ = [
-    "CONFIG_FILE",
-    "WEIGHTS_FILE",
-    "NgramClassifier",
-    "NgramConfig",
-    "Scores",
-    "TextClassifier",
-    "shipped_weights",
-]
+__all__ = ["NGRAM_FORMAT", "NgramClassifier", "NgramConfig", "Scores", "TextClassifier", "shipped_weights"]
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "weights.safetensors"
-FORMAT = "causerie-ngram-1"
-CURE = "reinstall causerie, or write new weights with `causerie train moderation`"
+NGRAM_FORMAT = "causerie-ngram-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +69,7 @@ class NgramConfig:
     intercept: float
     threshold: float
     weights_sha256: str
-    format: str = FORMAT
+    format: str = NGRAM_FORMAT
 
 
 def shipped_weights() -> Path:
@@ -121,8 +107,8 @@ class NgramClassifier:
     def load(cls, directory: Path | None = None) -> NgramClassifier:
         """Reads and checks a weights directory, the shipped one by default. Raises WeightsError."""
         root = shipped_weights() if directory is None else directory
-        config = read_config(root / CONFIG_FILE)
-        weights = _read_weights(root / WEIGHTS_FILE, config)
+        config = _read_config(root / CONFIG_FILE)
+        weights = _read_weights(root / TENSORS_FILE, config)
         return cls(config, weights)
 
     def scores(self, texts: Sequence[str]) -> list[Scores]:
@@ -150,16 +136,8 @@ class NgramClassifier:
         return float(1.0 / (1.0 + np.exp(-np.clip(z, -60.0, 60.0))))
 
 
-def read_config(path: Path) -> NgramConfig:
-    """Reads config.json with its types checked. Raises WeightsError."""
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=NgramConfig)
-    except FileNotFoundError:
-        raise WeightsError(path, "the file is missing", CURE) from None
-    except (OSError, msgspec.MsgspecError, ModerationError) as error:
-        raise WeightsError(path, f"not a classifier configuration ({error})", CURE) from None
-    if config.format != FORMAT:
-        raise WeightsError(path, f"format {config.format!r}, expected {FORMAT!r}", CURE)
+def _read_config(path: Path) -> NgramConfig:
+    config = read_config(path, NgramConfig, NGRAM_FORMAT)
     numbers = (config.bias, config.slope, config.intercept, config.threshold)
     if not all(math.isfinite(number) for number in numbers) or not 0.0 < config.threshold <= 1.0 or config.slope <= 0.0:
         raise WeightsError(path, "numbers not finite, or threshold outside (0, 1], or slope not positive", CURE)
@@ -167,18 +145,9 @@ def read_config(path: Path) -> NgramConfig:
 
 
 def _read_weights(path: Path, config: NgramConfig) -> npt.NDArray[np.float32]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(path, f"cannot be read ({error.strerror})", CURE) from None
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != config.weights_sha256:
-        raise WeightsError(path, f"sha256 {digest[:12]}, expected {config.weights_sha256[:12]}", CURE)
-    try:
-        weights = cast("npt.NDArray[np.float16]", load_safetensors(content)["weights"])
-    except (SafetensorError, KeyError) as error:
-        raise WeightsError(path, f"holds no tensor 'weights' ({error})", CURE) from None
+    weights = read_tensors(path, config.weights_sha256).get("weights")
     expected = (1 << config.features.bucket_bits,)
-    if weights.shape != expected or not np.isfinite(weights).all():
-        raise WeightsError(path, f"shape {weights.shape} or values unusable, expected {expected}, finite", CURE)
+    if weights is None or weights.shape != expected or not np.isfinite(weights).all():
+        found = "missing" if weights is None else f"of shape {weights.shape} or with values unusable"
+        raise WeightsError(path, f"tensor 'weights' is {found}, expected {expected}, finite", CURE)
     return weights.astype(np.float32)

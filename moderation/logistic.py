@@ -18,7 +18,7 @@ from quant.progress import ProgressSink
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-__all__ = ["build_matrix", "fit_logistic", "fit_platt"]
+__all__ = ["build_matrix", "fit_blend", "fit_logistic", "fit_platt"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -79,26 +79,35 @@ def fit_platt(logits: FloatArray, labels: FloatArray) -> tuple[float, float]:
 
     Source: Platt 1999, "Probabilistic outputs for support vector machines", with his smoothed targets.
     """
+    slopes, intercept = fit_blend(logits[:, None], labels)
+    return float(slopes[0]), intercept
+
+
+def fit_blend(
+    logits: FloatArray, labels: FloatArray, row_weights: FloatArray | None = None
+) -> tuple[FloatArray, float]:
+    """Platt's fit for several logits at once: sigmoid(logits @ slopes + intercept).
+
+    logits: (rows, classifiers); labels: (rows,) 0 or 1; row_weights: (rows,), one each if None.
+    """
     num_harmful = float(labels.sum())
     high = (num_harmful + 1.0) / (num_harmful + 2.0)
     low = 1.0 / (len(labels) - num_harmful + 2.0)
     targets = np.where(labels > 0.5, high, low)
-    slope, intercept = 1.0, 0.0
-    for _ in range(100):
-        z = slope * logits + intercept
-        p = 1.0 / (1.0 + np.exp(-np.clip(z, -60.0, 60.0)))
-        gradient = np.array([np.sum((p - targets) * logits), np.sum(p - targets)])
-        w = p * (1.0 - p) + 1e-12
-        hessian = np.array(
-            [[np.sum(w * logits * logits), np.sum(w * logits)], [np.sum(w * logits), np.sum(w)]]
-        ) + 1e-9 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        # Half steps at most one unit long: plain Newton may overshoot where the scores separate the labels well.
+    importance = np.ones(len(labels)) if row_weights is None else row_weights
+    inputs = np.column_stack([logits, np.ones(len(labels))])
+    point = np.append(np.ones(logits.shape[1]) / logits.shape[1], 0.0)
+    for _ in range(200):
+        p = 1.0 / (1.0 + np.exp(-np.clip(inputs @ point, -60.0, 60.0)))
+        gradient = inputs.T @ (importance * (p - targets))
+        curvature = importance * p * (1.0 - p) + 1e-12
+        step = np.linalg.solve((inputs * curvature[:, None]).T @ inputs + 1e-9 * np.eye(len(point)), gradient)
+        # Steps at most one unit long: plain Newton may overshoot where the scores separate the labels well.
         step *= min(1.0, 1.0 / float(np.linalg.norm(step) + 1e-12))
-        slope, intercept = slope - float(step[0]), intercept - float(step[1])
+        point = point - step
         if np.abs(step).max() < 1e-10:
             break
-    return slope, intercept
+    return point[:-1].astype(np.float64), float(point[-1])
 
 
 def _minimise(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
 from moderation.card import render_card
-from moderation.classifier import CONFIG_FILE, WEIGHTS_FILE, NgramClassifier, NgramConfig
+from moderation.classifier import NgramClassifier, NgramConfig
 from moderation.corpus import (
     DEV_FILE,
     MEANT_AS_HARMFUL,
@@ -33,6 +33,7 @@ from moderation.features import FeatureOptions
 from moderation.logistic import build_matrix, fit_logistic, fit_platt
 from moderation.policy import Policy, WindowOptions
 from moderation.rows import DataFile, Row, conversations, labelled_rows, read_licences
+from moderation.weight_files import CONFIG_FILE, TENSORS_FILE
 from quant.model_directory import publish_directory
 from quant.progress import ProgressSink
 
@@ -130,7 +131,7 @@ def _calibrate(classifier: NgramClassifier, options: TrainOptions) -> NgramClass
 
 
 def _with_threshold(classifier: NgramClassifier, options: TrainOptions) -> NgramClassifier:
-    policy = Policy(classifier, threshold=1.0)
+    policy = Policy(classifier)
     thresholds: list[float] = []
     for name in VALIDATION_FILES:
         turns = [row.text for row in _ordinary_first_turns(options.data, name)]
@@ -182,7 +183,7 @@ def _manifest(corpus: Corpus, classifier: NgramClassifier, options: TrainOptions
 
 def _publish(classifier: NgramClassifier, manifest: WeightsManifest, report: Report, out: Path) -> None:
     with publish_directory(out) as directory:
-        (directory / WEIGHTS_FILE).write_bytes(_encode(classifier.weights.astype(np.float16)))
+        (directory / TENSORS_FILE).write_bytes(_encode(classifier.weights.astype(np.float16)))
         for name, record in ((CONFIG_FILE, classifier.config), (MANIFEST_FILE, manifest), (REPORT_FILE, report)):
             (directory / name).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
         (directory / CARD_FILE).write_text(render_card(manifest, report), encoding="utf-8")

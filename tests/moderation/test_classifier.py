@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from moderation.card import render_card
-from moderation.classifier import CONFIG_FILE, WEIGHTS_FILE, NgramClassifier, shipped_weights
+from moderation.classifier import NgramClassifier, shipped_weights
 from moderation.errors import WeightsError
 from moderation.evaluate import Report
 from moderation.policy import load_policy
 from moderation.rows import Row, check_list
 from moderation.train import CARD_FILE, MANIFEST_FILE, REPORT_FILE, WeightsManifest
+from moderation.weight_files import CONFIG_FILE, TENSORS_FILE
 
 pytestmark = pytest.mark.unit
 
@@ -95,7 +96,7 @@ def test_a_hundred_thousand_combining_marks_are_answered() -> None:
     assert 0.0 <= verdict.probability <= 1.0
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE])
 def test_a_missing_file_stops_the_start_and_names_the_file(weights: Path, name: str) -> None:
     (weights / name).unlink()
 
@@ -105,7 +106,7 @@ def test_a_missing_file_stops_the_start_and_names_the_file(weights: Path, name: 
 
 
 def test_a_flipped_byte_in_the_weights_stops_the_start(weights: Path) -> None:
-    path = weights / WEIGHTS_FILE
+    path = weights / TENSORS_FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -115,7 +116,7 @@ def test_a_flipped_byte_in_the_weights_stops_the_start(weights: Path) -> None:
 
 
 def test_truncated_weights_stop_the_start(weights: Path) -> None:
-    path = weights / WEIGHTS_FILE
+    path = weights / TENSORS_FILE
     path.write_bytes(path.read_bytes()[:1000])
 
     with pytest.raises(WeightsError, match="sha256"):
