@@ -41,10 +41,11 @@ def moderate(argv: Sequence[str]) -> int:
     """`causerie moderate [TEXT | --file F]`: one verdict. Raises ModerationError with one line."""
     arguments = _parse_moderate(argv)
 
-    from moderation.policy import load_policy
+    from moderation.policy import PolicyOptions, Sensitivity, load_policy
 
     text = _read_text(arguments)
-    policy = load_policy(arguments.weights, arguments.threshold)
+    options = PolicyOptions(input=Sensitivity(threshold=arguments.threshold))
+    policy = load_policy(arguments.weights, options=options)
     (verdict,) = policy.judge_texts([text])
     print(_as_json(policy, verdict) if arguments.json else _as_line(verdict))
     return 0

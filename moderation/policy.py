@@ -1,31 +1,53 @@
-"""Turns a classifier's probabilities into a verdict on a conversation. The gateway asks here before it queues anything.
+"""Turns a classifier's scores into a verdict on a conversation, a text or a passage of an answer.
 
-The rule of `judge_input`: the verdict's probability is the highest over
-  - every window of every user, tool and system turn, old ones too: the client sends the whole conversation anew, and
+The gateway asks here before it queues anything and before it sends anything. The rule of `judge_input`: the verdict is
+the most severe over
+  - every window of every turn, old ones and assistant turns too: the client sends the whole conversation anew, and
     nothing says that an earlier turn was ever judged or that an assistant turn was the model's,
   - the last `joined_chars` characters of the user turns joined, so that a request split over turns is seen whole.
-Assistant turns are not judged: what the model says is `stream_filter`'s side. Windows overlap and cover every
-character, so a harmful sentence is not diluted by a long text; the cost is linear in the text's length.
+Windows overlap and cover every character, so a harmful sentence is not diluted by a long text; the cost is linear in
+the text's length. Every text is judged in each of its `moderation.readings`: as it stands and as it decodes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from moderation.categories import Category, complete_flags, complete_scores
-from moderation.classifier import NgramClassifier, TextClassifier
+from moderation.classifier import NgramClassifier, Scores, TextClassifier
 from moderation.errors import ModerationError
 from moderation.features import CJK
+from moderation.presets import DEFAULT_PRESET, Language, PresetName, language_of
 
-__all__ = ["Policy", "Turn", "Verdict", "WindowOptions", "load_policy", "split_windows"]
+__all__ = [
+    "CJK_DENSITY",
+    "Direction",
+    "Policy",
+    "PolicyOptions",
+    "Sensitivity",
+    "Turn",
+    "Verdict",
+    "WindowOptions",
+    "load_policy",
+    "split_windows",
+]
+
+T = TypeVar("T")
+Direction = Literal["input", "output"]
 
 CJK_CHARACTER = re.compile(f"[{CJK}]")
 CJK_DENSITY = 3
 MOSTLY = 0.3
+# Where a category has no threshold of its own, it is said of a flagged text from this score on.
+LIKELY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +58,23 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`categories` and `category_scores` carry all of OpenAI's names; untrained ones are False and 0.0."""
+    """`categories` and `category_scores` carry all of OpenAI's names; untrained ones are False and 0.0.
+
+    `probability`, `threshold` and `language` are those of the most severe window; category scores are the highest of
+    any window. `reason` is what flagged: "moderation" for the probability as a whole, or a category or an extension
+    with a threshold of its own. `severity` is the largest score in multiples of its threshold: flagged from 1 on.
+    """
 
     flagged: bool
     probability: float
     threshold: float
     categories: dict[str, bool]
     category_scores: dict[str, float]
+    extension_scores: dict[str, float] = field(default_factory=dict[str, float])
+    reason: str | None = None
+    language: Language = "en"
+    model: str = ""
+    severity: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +95,50 @@ class WindowOptions:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """From when on a text is flagged: by its probability as a whole, and by single categories besides.
+
+    preset:              chooses the classifier's threshold for the text's language; None: categories alone decide
+    threshold:           takes the preset's place, in every language
+    category_thresholds: by OpenAI's names or the classifier's extensions; only trained ones
+    """
+
+    preset: PresetName | None = DEFAULT_PRESET
+    threshold: float | None = None
+    category_thresholds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """`cached_windows`: how many windows of earlier requests keep their scores, known by a hash of their text."""
+
+    input: Sensitivity = Sensitivity()
+    output: Sensitivity = Sensitivity()
+    windows: WindowOptions = WindowOptions()
+    cached_windows: int = 8192
+
+
 class Policy:
-    """Thread-safe: holds no state between calls. Raises ModerationError when it cannot judge; that means refuse."""
+    """Thread-safe; keeps scores of windows by hash, no text. Raises ModerationError when it cannot judge: then refuse.
+
+    Texts on their own (`judge_texts`) are judged like input.
+    """
 
     def __init__(
-        self, classifier: TextClassifier, threshold: float | None = None, windows: WindowOptions | None = None
+        self,
+        classifier: TextClassifier,
+        options: PolicyOptions = PolicyOptions(),
+        *,
+        readings: Callable[[str], Sequence[str]] | None = None,
     ) -> None:
-        """threshold: probability from which on a text is flagged, 0 < t <= 1; None takes the classifier's own."""
-        chosen = classifier.threshold("balanced", "en") if threshold is None else threshold
-        if not 0.0 < chosen <= 1.0:
-            raise ModerationError(f"the moderation threshold is {chosen}; it must be above 0 and at most 1")
+        """readings: the forms in which a text is judged, itself first; None takes `moderation.readings`."""
+        self.options = options
         self._classifier = classifier
-        self.threshold = chosen
-        self._windows = windows or WindowOptions()
+        self._readings = readings or _as_it_stands
+        self._cache = _ScoreCache(options.cached_windows)
+        for name, sensitivity in (("input", options.input), ("output", options.output)):
+            _check_sensitivity(name, sensitivity, classifier)
 
     @property
     def model_id(self) -> str:
@@ -86,47 +149,185 @@ class Policy:
     def trained_categories(self) -> tuple[Category, ...]:
         return self._classifier.trained_categories
 
+    @property
+    def trained_extensions(self) -> tuple[str, ...]:
+        return self._classifier.trained_extensions
+
+    def preset_threshold(self, preset: PresetName, language: Language) -> float:
+        return self._classifier.threshold(preset, language)
+
     def judge_input(self, turns: Sequence[Turn]) -> Verdict:
         """Judges the new user message and the conversation that carries it, by the rule in the module's docstring."""
-        return self._verdict(self._highest(self._texts_to_judge(turns)))
+        pieces = [piece for text in self._texts_to_judge(turns) for piece in self._pieces(text)]
+        return self._most_severe(self._cached_scores(pieces), self.options.input)
 
     def judge_texts(self, texts: Sequence[str]) -> list[Verdict]:
         """One verdict a text, each by itself, in order."""
-        return [self._verdict(self._highest([text])) for text in texts]
+        pieces_of_texts = [self._pieces(text) for text in texts]
+        scores = iter(self._scores([piece for pieces in pieces_of_texts for piece in pieces]))
+        return [
+            self._most_severe([(piece, next(scores)) for piece in pieces], self.options.input)
+            for pieces in pieces_of_texts
+        ]
+
+    def judge_output(self, context: str, text: str) -> Verdict:
+        """Judges a window of generated text.
+
+        context: what stands before it and is not part of the answer, such as the prompt that a completion goes on
+        with; "" judges the window alone. It counts as far as the window has room left.
+        """
+        pieces = self._pieces(text)
+        room = self._window_chars(text)[0] - len(text)
+        if context and room > 0:
+            pieces += self._pieces(context[-room:] + text)
+        return self._most_severe(list(zip(pieces, self._scores(pieces), strict=True)), self.options.output)
 
     def _texts_to_judge(self, turns: Sequence[Turn]) -> list[str]:
-        texts = [turn.content for turn in turns if turn.role != "assistant"]
+        texts = [turn.content for turn in turns]
         user_turns = [turn.content for turn in turns if turn.role == "user"]
         if len(user_turns) > 1:
-            texts.append("\n".join(user_turns)[-self._windows.joined_chars :])
+            texts.append("\n".join(user_turns)[-self.options.windows.joined_chars :])
         return texts
 
-    def _highest(self, texts: Sequence[str]) -> float:
-        pieces = [piece for text in texts for piece in split_windows(text, self._windows)]
-        if not pieces:
-            return 0.0
-        probabilities = [scores.probability for scores in self._classifier.scores(pieces)]
-        if len(probabilities) != len(pieces) or not all(math.isfinite(p) and 0.0 <= p <= 1.0 for p in probabilities):
-            raise ModerationError(f"classifier {self.model_id} did not return one probability for each text")
-        return max(probabilities)
+    def _pieces(self, text: str) -> list[str]:
+        """The windows of every reading of a text; each only once."""
+        if not text.strip():
+            return []
+        windows = (split_windows(reading, self.options.windows) for reading in self._readings(text))
+        return list(dict.fromkeys(window for reading in windows for window in reading))
 
-    def _verdict(self, probability: float) -> Verdict:
-        return Verdict(
-            flagged=probability >= self.threshold,
-            probability=probability,
-            threshold=self.threshold,
-            categories=complete_flags({}),
-            category_scores=complete_scores({}),
+    def _window_chars(self, text: str) -> tuple[int, int]:
+        return _window_sizes(text, self.options.windows)
+
+    def _cached_scores(self, pieces: Sequence[str]) -> list[tuple[str, Scores]]:
+        keys = {piece: _key(piece) for piece in pieces}
+        known = {piece: scores for piece, key in keys.items() if (scores := self._cache.get(key)) is not None}
+        missing = [piece for piece in keys if piece not in known]
+        for piece, scores in zip(missing, self._scores(missing), strict=True):
+            known[piece] = scores
+            self._cache.put(keys[piece], scores)
+        return list(known.items())
+
+    def _scores(self, pieces: Sequence[str]) -> list[Scores]:
+        if not pieces:
+            return []
+        found = self._classifier.scores(pieces)
+        if len(found) != len(pieces) or not all(_are_probabilities(scores) for scores in found):
+            raise ModerationError(f"classifier {self.model_id} did not return one probability for each text")
+        return found
+
+    def _most_severe(self, judged: Sequence[tuple[str, Scores]], sensitivity: Sensitivity) -> Verdict:
+        if not judged:
+            return self._verdict("", Scores(0.0), sensitivity)
+        verdicts = [self._verdict(piece, scores, sensitivity) for piece, scores in judged]
+        if len(verdicts) == 1:
+            return verdicts[0]
+        worst = max(verdicts, key=lambda verdict: (verdict.severity, verdict.probability))
+        return replace(
+            worst,
+            categories=_merge(any, [verdict.categories for verdict in verdicts]),
+            category_scores=_merge(max, [verdict.category_scores for verdict in verdicts]),
+            extension_scores=_merge(max, [verdict.extension_scores for verdict in verdicts]),
         )
+
+    def _verdict(self, piece: str, scores: Scores, sensitivity: Sensitivity) -> Verdict:
+        language = language_of(piece)
+        threshold = self._threshold(sensitivity, language)
+        named = {category.value: score for category, score in scores.categories.items()} | dict(scores.extensions)
+        own = sensitivity.category_thresholds
+        severities = {name: named.get(name, 0.0) / own[name] for name in own}
+        if threshold is not None:
+            severities["moderation"] = scores.probability / threshold
+        reason, severity = max(severities.items(), key=lambda item: item[1])
+        is_flagged = severity >= 1.0
+        return Verdict(
+            flagged=is_flagged,
+            probability=scores.probability,
+            threshold=1.0 if threshold is None else threshold,
+            categories=complete_flags(
+                {
+                    category: score >= own.get(category.value, LIKELY)
+                    for category, score in scores.categories.items()
+                    if is_flagged
+                }
+            ),
+            category_scores=complete_scores(scores.categories),
+            extension_scores={name: float(scores.extensions.get(name, 0.0)) for name in self.trained_extensions},
+            reason=reason if is_flagged else None,
+            language=language,
+            model=self.model_id,
+            severity=severity,
+        )
+
+    def _threshold(self, sensitivity: Sensitivity, language: Language) -> float | None:
+        if sensitivity.threshold is not None:
+            return sensitivity.threshold
+        return None if sensitivity.preset is None else self._classifier.threshold(sensitivity.preset, language)
+
+
+class _ScoreCache:
+    """The scores of the windows that were asked for last. A conversation is sent anew with every turn."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._scores: OrderedDict[bytes, Scores] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Scores | None:
+        with self._lock:
+            scores = self._scores.get(key)
+            if scores is not None:
+                self._scores.move_to_end(key)
+            return scores
+
+    def put(self, key: bytes, scores: Scores) -> None:
+        with self._lock:
+            self._scores[key] = scores
+            while len(self._scores) > self._size:
+                self._scores.popitem(last=False)
+
+
+def _merge(combine: Callable[[list[T]], T], of_windows: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {name: combine([values[name] for values in of_windows]) for name in of_windows[0]}
+
+
+def _key(piece: str) -> bytes:
+    # A hash that nobody can find two texts for: a harmless one must not lend its scores to another.
+    return hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+
+
+def _are_probabilities(scores: Scores) -> bool:
+    numbers = (scores.probability, *scores.categories.values(), *scores.extensions.values())
+    return all(math.isfinite(number) and 0.0 <= number <= 1.0 for number in numbers)
+
+
+def _check_sensitivity(direction: str, sensitivity: Sensitivity, classifier: TextClassifier) -> None:
+    """Raises ModerationError for what could never flag anything, or flags by a name that nothing was trained for."""
+    own = sensitivity.category_thresholds
+    trained = (*(category.value for category in classifier.trained_categories), *classifier.trained_extensions)
+    for name, threshold in (("moderation", sensitivity.threshold), *own.items()):
+        if threshold is not None and not 0.0 < threshold <= 1.0:
+            message = f"the {name} threshold is {threshold}; it must be above 0 and at most 1 ({direction})"
+            raise ModerationError(message)
+    untrained = sorted(name for name in own if name not in trained)
+    if untrained:
+        raise ModerationError(
+            f"{direction} has a threshold for {untrained[0]!r}, for which {classifier.name} was not trained; "
+            f"it knows {', '.join(trained) or 'no category'}"
+        )
+    if sensitivity.preset is None and sensitivity.threshold is None and not own:
+        raise ModerationError(f"{direction} has neither a preset nor a threshold, so nothing would ever be flagged")
+
+
+def _as_it_stands(text: str) -> Sequence[str]:
+    return (text,)
 
 
 def split_windows(text: str, options: WindowOptions) -> list[str]:
     """Overlapping pieces that cover every character of `text`; an empty or blank text has none."""
     if not text.strip():
         return []
-    size, stride = options.window_chars, options.stride_chars
-    if len(CJK_CHARACTER.findall(text)) > MOSTLY * len(text):
-        size, stride = -(-size // CJK_DENSITY), -(-stride // CJK_DENSITY)
+    size, stride = _window_sizes(text, options)
     if len(text) <= size:
         return [text]
     last_start = len(text) - size
@@ -134,6 +335,14 @@ def split_windows(text: str, options: WindowOptions) -> list[str]:
     return [text[start : start + size] for start in starts]
 
 
-def load_policy(directory: Path | None = None, threshold: float | None = None) -> Policy:
-    """The shipped classifier (or the one in `directory`) behind a policy. Raises WeightsError at start, not later."""
-    return Policy(NgramClassifier.load(directory), threshold)
+def _window_sizes(text: str, options: WindowOptions) -> tuple[int, int]:
+    """Characters of a window and of the step to the next."""
+    size, stride = options.window_chars, options.stride_chars
+    if len(CJK_CHARACTER.findall(text)) > MOSTLY * len(text):
+        return -(-size // CJK_DENSITY), -(-stride // CJK_DENSITY)
+    return size, stride
+
+
+def load_policy(directory: Path | None = None, *, options: PolicyOptions = PolicyOptions()) -> Policy:
+    """The shipped classifier (or the one in `directory`) behind a policy. Raises ModerationError, at start only."""
+    return Policy(NgramClassifier.load(directory), options)

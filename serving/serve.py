@@ -160,7 +160,7 @@ class Server:
         await self._http.serve(sockets=[self._listener])
 
     def _build_app(self) -> FastAPI:
-        from moderation.policy import load_policy
+        from moderation.policy import PolicyOptions, Sensitivity, load_policy
         from serving.gateway.app import build_app
         from serving.gateway.ports import Services
         from ui.app import mount_page
@@ -169,7 +169,9 @@ class Server:
             settings=gateway_settings(self._loaded),
             engine=self._engine,
             readiness=self._readiness,
-            policy=load_policy(threshold=self._config.moderation.threshold),
+            policy=load_policy(
+                options=PolicyOptions(input=Sensitivity(threshold=self._config.moderation.threshold)),
+            ),
             metrics=self._metrics,
         )
         return mount_page(build_app(services), api_base_url=self._url)
