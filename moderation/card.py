@@ -1,96 +1,251 @@
-"""The model card beside the weights: fixed words around figures that come from the manifest and the report."""
+"""The model card beside the weights: words around figures that come from the manifest and the report. Pure text.
+
+`CardFacts` is all that the card needs of the manifest; what is written to disk is `moderation.publish`'s side.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from moderation.card_tables import (
+    category_table,
+    check_list_line,
+    example_lines,
+    figure_line,
+    group_tables,
+    learnt_from,
+    ordinary_line,
+    preset_line,
+    test_lines,
+)
+from moderation.corpus import MEANT_AS_HARMFUL
+from moderation.goals import Figure, headline_figures
+from moderation.report import FileReport, Report
+
 if TYPE_CHECKING:
-    from moderation.evaluate import FileReport, OrdinaryReport, Report
     from moderation.train import WeightsManifest
 
-__all__ = ["render_card"]
+__all__ = ["PICTURES", "CardFacts", "StageFacts", "card_facts", "render_card"]
 
 TEXT = """\
 # {model}
 
 Says with a calibrated probability whether a text (English or Chinese) is harmful: hate, harassment, threats, requests
-for help with crime or violence, self-harm, sexual content. One binary decision; OpenAI's category names are carried by
-every verdict, none is trained yet. Logistic regression over hashed word n-grams (1 to 3) and character n-grams (3 to
-5), {buckets} float16 weights, numpy alone at run time, about {pace} ms a message on one core.
+for help with crime or violence, self-harm, sexual content. {categories}
+
+{stages}
+
+## What it reaches
+At the default threshold (`balanced`), with intervals of 95 %. Test files had no part in training or choosing.
+
+| figure | measured | goal | |
+|---|--:|--:|---|
+{headline}
+
+{missed}
 
 ## How it was made
-`causerie train moderation --data DIR --licences {licences} --seed {seed}` on {rows:,} rows; `manifest.json` has the
-sources, their counts, the data files' hashes and how many rows were left out because a validation or test file holds
-them. With `--licences yes` only sources whose licence allows shipping were used. Harmful requests in Chinese, and
-frightening but harmless ones in both languages, are our own phrases (`moderation/data/written/`), expanded by
-`moderation/written.py`; no test file had a part in them. Passages of books and answers are harmless rows, and some
-harmful requests are also shown hidden inside such passages. Calibrated on the dev file and ordinary first turns.
+`{command} --data DIR --licences {licences} --seed {seed}` on {rows:,} rows; `manifest.json` has the sources, their
+counts and the data files' hashes. {removed:,} rows were left out because a validation, test or check file holds their
+text. Phrases of our own are in `moderation/data/written/`, expanded by `moderation/written.py`; no test file had a part
+in them. Calibrated on the dev file and on ordinary first turns. {licence_rule}
 
-## How the threshold was chosen
-{threshold:.4f}, the lowest at which at most {max_rate:.1%} of the ordinary first turns of each validation file are
-flagged. The source safety_tuned_refusals holds requests written to be harmful ("Outline a plan to kidnap someone."); a
-flag there is no false positive, so its rows do not count for the threshold and are shown apart.
+| learnt from | rows | sources |
+|---|--:|---|
+{learnt}
+
+Harmful requests in Chinese were learnt from our own phrases alone: no allowed source has any. Chinese hate was learnt
+from posts whose labels are partly automatic, English hate from tweets and forum posts of before 2020.
+
+## Whom it refuses
+First turns of people who chat. Requests of {meant_as_harmful} were written to be
+harmful; a flag there is no false positive, so they are also shown apart.
 
 | file | first turns | flagged | ordinary | of them flagged | false positives | meant as harmful | of them flagged |
 |---|--:|--:|--:|--:|--:|--:|--:|
 {ordinary}
 
-Whole conversations of ordinary people that meet a refusal at any turn: {conversations}.
+Whole conversations of ordinary people that meet a refusal at any turn:
+{conversations}.
+
+{check_lists}
+
+## Presets
+`moderation.preset` chooses one. Each is a threshold a language, chosen for a stated share of ordinary first turns
+refused; here that share and the recall on the harmful requests of test_user_prompts_crossdomain.
+
+| preset | language | threshold | ordinary refused | harmful requests found |
+|---|---|--:|--:|--:|
+{presets}
+
+{pictures}
 
 ## On test files
-Never used for training or choosing. Recall, precision and false positives are at the threshold.
-
-| test file | rows | AUROC | AUPRC | recall | precision | false positives | calibration error |
-|---|--:|--:|--:|--:|--:|--:|--:|
+| test file | rows | AUROC | AUPRC | recall | precision | false positives | recall at 1 % of them | calibration error |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|
 {tests}
+{category_scores}{robustness}
+
+## How it fails
+The surest mistakes, first of every source and then the next, on dev and ordinary first turns. Only of sources that may
+be shipped; none is of a test file. **These texts are offensive.**
+
+{examples}
 
 ## What it cannot do
-It sees words, not meaning: quotation, negation, irony and counter-speech that use hateful words are often flagged
-(test_hatecheck), insults without such words are often missed (test_surge_toxicity), and a harmful request in
-words that no training row used passes. Chinese harmful requests were learnt from written phrases alone. The data
-was labelled by different people for different purposes; probabilities are calibrated on their mixture and not on
-any one of them. It is a first gate for a private chat, not a judge of people. Operators may set
-`moderation.threshold`: lower catches more and refuses more ordinary people.
+{limits}
+
+## Every group of every file
+Recall is empty where no row of the group is harmful, false positives where every row is. A row of several categories
+counts in each; test_hatecheck's categories are what is tested (`_h` hateful, `_nh` not). Groups of fewer than 5 rows
+are in `report.json` only.
+
+{groups}
 """
 
+LIMITS = """\
+A text is judged by itself and by the conversation that it stands in, not by who says it to whom: quotation, irony,
+reclaimed words and counter-speech that use hateful words are flagged more often than they should be, and harm in polite
+words less often. A request in words that no training row came near passes. It knows English and Chinese; other
+languages are judged by what they share with these. The data was labelled by different people for different purposes;
+probabilities are calibrated on their mixture and not on any one of them. It is a first gate for a private chat, not a
+judge of people, and no decision about a person should rest on it.{worst}"""
 
-def render_card(manifest: WeightsManifest, report: Report) -> str:
+PICTURES: Mapping[str, str] = {
+    "pr_curves.png": "Precision against recall on every test file, a dot where the default threshold is",
+    "calibration.png": "What is said against what is so: share of harmful rows by probability",
+    "by_category.png": "Recall by category at the default threshold",
+    "by_length.png": "Recall and false positives by length of the text",
+}
+
+MAX_SOURCES_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """One model of the cascade, in the order in which they judge. about: one sentence without a full stop."""
+
+    name: str
+    about: str
+    weights_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What the card takes from the manifest, under the names that it has there. The rest of a manifest is ignored."""
+
+    model: str
+    licences: str
+    seed: int
+    rows: int
+    rows_by_source_and_label: dict[str, int]
+    removed_rows_known_from_validation_or_test: dict[str, int] = field(default_factory=dict)
+    stages: list[StageFacts] = field(default_factory=list)
+    command: str = "causerie train moderation"
+    trained_categories: list[str] = field(default_factory=list)
+    weights_bytes: int | None = None
+
+
+def card_facts(manifest: WeightsManifest) -> CardFacts:
+    return msgspec.convert(manifest, CardFacts, from_attributes=True)
+
+
+def render_card(facts: CardFacts | WeightsManifest, report: Report, pictures: Sequence[str] = ()) -> str:
+    """pictures: names of the PNGs that lie beside the card."""
+    facts = facts if isinstance(facts, CardFacts) else card_facts(facts)
+    figures = headline_figures(report, facts.weights_bytes)
+    files = [test for test in (report.dev, *report.tests) if test is not None]
     return TEXT.format(
-        model=manifest.model,
-        buckets="2^20",
-        pace=f"{report.milliseconds_per_message:.1f}",
-        licences=manifest.licences,
-        seed=manifest.seed,
-        rows=manifest.rows,
-        threshold=report.threshold,
-        max_rate=manifest.options["max_false_positive_rate"],
-        ordinary="\n".join(map(_ordinary_line, report.ordinary)),
-        conversations=", ".join(
-            f"{ordinary.ordinary_conversations_flagged_at_any_turn} of {ordinary.ordinary} in {ordinary.name}"
-            for ordinary in report.ordinary
-        ),
-        tests="\n".join(line for test in report.tests for line in _test_lines(test)),
+        model=facts.model,
+        categories=_categories(facts),
+        stages=_stages(facts, report),
+        headline="\n".join(map(figure_line, figures)),
+        missed=_missed(figures),
+        command=facts.command,
+        licences=facts.licences,
+        seed=facts.seed,
+        rows=facts.rows,
+        removed=sum(facts.removed_rows_known_from_validation_or_test.values()),
+        licence_rule=_licence_rule(facts.licences),
+        learnt="\n".join(_learnt_lines(facts)),
+        meant_as_harmful=" and ".join(MEANT_AS_HARMFUL),
+        ordinary="\n".join(map(ordinary_line, report.ordinary)),
+        conversations=_conversations(report),
+        check_lists="\n".join(map(check_list_line, report.check_lists)),
+        presets="\n".join(map(preset_line, report.presets)),
+        pictures="\n\n".join(f"![{PICTURES[name]}]({name})" for name in pictures),
+        tests="\n".join(line for test in files for line in test_lines(test)),
+        category_scores=category_table(report.tests),
+        robustness="",
+        examples="\n".join(example_lines(report.examples)),
+        limits=LIMITS.format(worst=_worst_functions(report)),
+        groups="\n\n".join(table for test in files for table in group_tables(test)),
     )
 
 
-def _ordinary_line(report: OrdinaryReport) -> str:
-    rate = report.false_positive_rate
-    return (
-        f"| {report.name} | {report.rows:,} | {report.flagged} | {report.ordinary:,} | {report.ordinary_flagged} "
-        f"| {rate:.2%} | {report.meant_as_harmful} | {report.meant_as_harmful_flagged} |"
+def _categories(facts: CardFacts) -> str:
+    if not facts.trained_categories:
+        return "One binary\ndecision; OpenAI's category names are carried by every verdict, none is trained."
+    names = ", ".join(facts.trained_categories)
+    return f"Beside it\nscores for {names}; every other name of OpenAI's is carried untrained."
+
+
+def _stages(facts: CardFacts, report: Report) -> str:
+    pace = f"About {report.milliseconds_per_message:.1f} ms of processor time a message over the test files."
+    if not facts.stages:
+        return pace
+    if len(facts.stages) == 1:
+        return f"One model: `{facts.stages[0].name}`, {facts.stages[0].about}. {pace}"
+    lines = [f"{i}. `{stage.name}`: {stage.about}." for i, stage in enumerate(facts.stages, start=1)]
+    about = "A cascade: a later stage judges only where those before it are unsure."
+    return "\n".join([f"{about} {pace}", "", *lines])
+
+
+def _missed(figures: Sequence[Figure]) -> str:
+    missed = [figure.about for figure in figures if figure.is_met is False]
+    if not missed:
+        return "Every goal is met."
+    num_goals = sum(figure.goal is not None for figure in figures)
+    return "\n".join([f"**{len(missed)} of {num_goals} goals are missed:**", *(f"- {about}" for about in missed)])
+
+
+def _licence_rule(licences: str) -> str:
+    if licences == "yes":
+        return "Only sources whose licence allows shipping the weights were used (`--licences yes`)."
+    return "**Sources whose licence forbids shipping the weights were used too: for experiments only.**"
+
+
+def _learnt_lines(facts: CardFacts) -> Iterator[str]:
+    for what, rows, sources in learnt_from(facts.rows_by_source_and_label):
+        more = len(sources) - MAX_SOURCES_NAMED
+        named = ", ".join(sources[:MAX_SOURCES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        yield f"| {what} | {rows:,} | {named} |"
+
+
+def _conversations(report: Report) -> str:
+    return ", ".join(
+        f"{ordinary.ordinary_conversations_flagged_at_any_turn} of {ordinary.ordinary:,} in {ordinary.name}"
+        for ordinary in report.ordinary
     )
 
 
-def _test_lines(report: FileReport) -> list[str]:
-    name = report.name.removeprefix("moderation/").removesuffix(".jsonl.gz")
-    lines = [(name, report.overall), *((f"- {lang}", measures) for lang, measures in report.by_language.items())]
-    figure = _figure
-    return [
-        f"| {label} | {m.rows:,} | {figure(m.auroc)} | {figure(m.auprc)} | {figure(m.recall)} | {figure(m.precision)} "
-        f"| {figure(m.false_positive_rate)} | {figure(m.calibration_error)} |"
-        for label, m in lines
-    ]
+def _worst_functions(report: Report) -> str:
+    """The functions of HateCheck that are judged worst: each has rows of one label only, so one share says it."""
+    hatecheck = report.test("test_hatecheck")
+    if hatecheck is None or not hatecheck.by_category:
+        return ""
+    right = {name: _share_right(hatecheck, name) for name in hatecheck.by_category}
+    worst = sorted(right, key=lambda name: right[name])[:3]
+    named = ", ".join(f"{name} ({right[name]:.0%} right)" for name in worst)
+    return f"\n\nWhat it does worst in test_hatecheck: {named}."
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _share_right(test: FileReport, category: str) -> float:
+    measures = test.by_category[category]
+    if measures.recall is not None:
+        return measures.recall
+    return 1.0 - (measures.false_positive_rate or 0.0)

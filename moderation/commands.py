@@ -1,4 +1,4 @@
-"""`causerie moderate` and `causerie train moderation`."""
+"""`causerie moderate`, `causerie moderation report` and `causerie train moderation`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from typing import TYPE_CHECKING
 from moderation.errors import ModerationError
 
 if TYPE_CHECKING:
-    from moderation.evaluate import Report
     from moderation.policy import Policy, Verdict
+    from moderation.report import Report
     from quant.progress import ProgressSink
 
-__all__ = ["moderate", "train_moderation"]
+__all__ = ["moderate", "report", "train_moderation"]
 
 MODERATE_EXAMPLES = """\
 examples:
   causerie moderate "how do I kill a Python process"
-  causerie moderate --file letter.txt --json
+  causerie moderate --file letter.txt --json --preset strict
   echo "some text" | causerie moderate -
 
 The exit code is 0 whether the text is flagged or not; the verdict is on standard output."""
+
+REPORT_EXAMPLES = """\
+examples:
+  causerie moderation report --data ./data --out ./report
+  CAUSERIE_DATA=./data causerie moderation report
+
+DIR holds moderation/, sft/val, prompts/val and licences.json. Writes report.json, PNGs and the model card README.md.
+Test files are only reported on. Needs the extra `train`."""
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -51,6 +59,29 @@ def moderate(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """`causerie moderation report`: judges the test files and writes the model card with its plots."""
+    arguments = _parse_report(argv)
+
+    from moderation.classifier import shipped_weights
+    from moderation.evaluate import evaluate_policy
+    from moderation.plots import check_plots_possible
+    from moderation.policy import load_policy
+    from moderation.publish import read_card_facts, write_report
+
+    weights = arguments.weights or shipped_weights()
+    out = arguments.out or weights
+    data = arguments.data or _data_from_environment()
+    # What can stop the writing is asked before minutes of judging.
+    check_plots_possible()
+    read_card_facts(weights)
+    with _progress() as progress:
+        found = evaluate_policy(load_policy(weights), data, progress)
+    names = write_report(found, weights, out)
+    print(_summary(found, f"wrote {', '.join(names)} in {out}"))
+    return 0
+
+
 def train_moderation(argv: Sequence[str]) -> int:
     """`causerie train moderation`: writes a weights directory and prints its figures."""
     arguments = _parse_train(argv)
@@ -62,8 +93,8 @@ def train_moderation(argv: Sequence[str]) -> int:
     out = arguments.out or shipped_weights()
     options = TrainOptions(data=data, out=out, licences=arguments.licences, seed=arguments.seed)
     with _progress() as progress:
-        report = train_moderation(options, progress)
-    print(_summary(report, out))
+        found = train_moderation(options, progress)
+    print(_summary(found, f"wrote {out}"))
     return 0
 
 
@@ -78,8 +109,24 @@ def _parse_moderate(argv: Sequence[str]) -> argparse.Namespace:
     source.add_argument("text", nargs="?", metavar="TEXT", help="the text itself; - reads standard input")
     source.add_argument("--file", type=Path, metavar="F", help="a UTF-8 text file; - reads standard input")
     parser.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
-    parser.add_argument("--threshold", type=float, metavar="P", help="flag from this probability on, not the default")
+    parser.add_argument(
+        "--preset", choices=("strict", "balanced", "lenient"), default="balanced", help="how soon to flag (balanced)"
+    )
+    parser.add_argument("--threshold", type=float, metavar="P", help="flag from this probability on, not the preset's")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="weights to use instead of the shipped ones")
+    return parser.parse_args(argv)
+
+
+def _parse_report(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="causerie moderation report",
+        description="Measure the moderation classifier on every test file and write its model card.",
+        epilog=REPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="weights to measure instead of the shipped ones")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data directory; default is CAUSERIE_DATA")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default is beside the weights")
     return parser.parse_args(argv)
 
 
@@ -118,10 +165,13 @@ def _as_json(policy: Policy, verdict: Verdict) -> str:
     record = {
         "model": policy.model_id,
         "flagged": verdict.flagged,
+        "reason": verdict.reason,
+        "language": verdict.language,
         "probability": verdict.probability,
         "threshold": verdict.threshold,
         "categories": verdict.categories,
         "category_scores": verdict.category_scores,
+        "extension_scores": verdict.extension_scores,
         "trained_categories": [category.value for category in policy.trained_categories],
     }
     return json.dumps(record, ensure_ascii=False)
@@ -139,14 +189,14 @@ def _data_from_environment() -> Path:
     return Path(data)
 
 
-def _summary(report: Report, out: Path) -> str:
-    lines = [f"wrote {out}: {report.model}, threshold {report.threshold:.4f}"]
-    for ordinary in report.ordinary:
+def _summary(found: Report, written: str) -> str:
+    lines = [f"{written}: {found.model}"]
+    for ordinary in found.ordinary:
         lines.append(
             f"  {ordinary.name}: {ordinary.ordinary_flagged} of {ordinary.ordinary} ordinary first turns flagged "
             f"({ordinary.false_positive_rate:.2%})"
         )
-    for test in report.tests:
+    for test in found.tests:
         recall, auprc = test.overall.recall, test.overall.auprc
         lines.append(f"  {test.name}: recall {recall or 0.0:.3f}, AUPRC {auprc or 0.0:.3f}")
     return "\n".join(lines)

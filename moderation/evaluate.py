@@ -1,129 +1,346 @@
 """What a policy is worth: measures on every test file, and how many ordinary first turns it would refuse.
 
-Goes through `Policy`, not through the classifier, so that windows and joined turns are part of every figure.
+Goes through `Policy`, not through the classifier, so that windows, disguises and joined turns are part of every figure.
+Test files are reported on only; no example is ever taken from one.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from moderation.corpus import MEANT_AS_HARMFUL, VALIDATION_FILES, list_test_files
-from moderation.metrics import Measures, measure
-from moderation.policy import Policy, Turn
-from moderation.rows import Row, conversations, labelled_rows
+from moderation.corpus import CHECK_LISTS, DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, list_test_files
+from moderation.latency import Latency, measure_latency, messages_of_length
+from moderation.metrics import (
+    FlagArray,
+    FloatArray,
+    LabelArray,
+    Measures,
+    Share,
+    area_under_precision_recall,
+    area_under_roc,
+    measure_flags,
+    precision_recall_points,
+    recall_at_false_positive_rate,
+    reliability_bins,
+)
+from moderation.policy import Policy, Turn, Verdict
+from moderation.presets import LANGUAGES, PRESETS
+from moderation.report import (
+    CategoryMeasures,
+    CheckListReport,
+    Example,
+    ExampleKind,
+    FileReport,
+    OrdinaryReport,
+    PresetReport,
+    Report,
+)
+from moderation.rows import (
+    DataFile,
+    Licences,
+    Row,
+    check_list,
+    conversations,
+    first_user_turns,
+    labelled_rows,
+    read_licences,
+)
 from quant.progress import ProgressSink
 
-__all__ = ["FileReport", "OrdinaryReport", "Report", "evaluate_policy", "ordinary_report", "refused_conversations"]
+__all__ = ["Judged", "evaluate_policy", "refused_conversations"]
+
+# Harmful requests in both languages that no training source is related to.
+REQUESTS_FILE = "moderation/test_user_prompts_crossdomain.jsonl.gz"
+LENGTH_BUCKETS = (("under 50", 50), ("50 to 199", 200), ("200 to 999", 1000), ("1000 and more", None))
+CATEGORY_SEPARATOR = re.compile(r",(?! )")
+CHUNK_ROWS = 256
+MIN_CATEGORY_ROWS = 5
+MAX_EXAMPLES = 20
+MAX_EXAMPLE_CHARS = 120
+LATENCY_TOKENS, LATENCY_MESSAGES = 64, 200
 
 
 @dataclass(frozen=True, slots=True)
-class FileReport:
-    name: str
-    sha256: str
-    overall: Measures
-    by_language: dict[str, Measures]
+class Judged:
+    """Rows with the verdict on each, in the file's order."""
 
-
-@dataclass(frozen=True, slots=True)
-class OrdinaryReport:
-    """First turns of one validation file.
-
-    `meant_as_harmful` are the rows of sources whose prompts ask for harm by design; the others are ordinary, and a flag
-    on one of them is a false positive.
-    """
-
-    name: str
-    rows: int
-    flagged: int
-    ordinary: int
-    ordinary_flagged: int
-    meant_as_harmful: int
-    meant_as_harmful_flagged: int
-    ordinary_conversations_flagged_at_any_turn: int
+    file: DataFile
+    rows: list[Row]
+    verdicts: list[Verdict]
 
     @property
-    def false_positive_rate(self) -> float:
-        return self.ordinary_flagged / max(1, self.ordinary)
+    def labels(self) -> LabelArray:
+        return np.array([row.label for row in self.rows], np.int64)
+
+    @property
+    def probabilities(self) -> FloatArray:
+        return np.array([verdict.probability for verdict in self.verdicts], np.float64)
+
+    @property
+    def flagged(self) -> FlagArray:
+        return np.array([verdict.flagged for verdict in self.verdicts], np.bool_)
+
+
+class _Judge:
+    """Judges rows, and tells the progress sink how many of all texts are done."""
+
+    def __init__(self, policy: Policy, progress: ProgressSink, total: int) -> None:
+        self.policy = policy
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def rows(self, file: DataFile, rows: Sequence[Row]) -> Judged:
+        # Neighbours of one length: a classifier that pads its batch to the longest text wastes little.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].text))
+        found: dict[int, Verdict] = {}
+        for start in range(0, len(order), CHUNK_ROWS):
+            chosen = order[start : start + CHUNK_ROWS]
+            found |= zip(chosen, self.policy.judge_texts([rows[i].text for i in chosen]), strict=True)
+            self.advance(len(chosen))
+        return Judged(file, list(rows), [found[i] for i in range(len(rows))])
+
+    def advance(self, num_texts: int) -> None:
+        self._done += num_texts
+        self._progress.update("judging", self._done, self._total)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    model: str
-    threshold: float
-    tests: list[FileReport]
-    ordinary: list[OrdinaryReport]
-    milliseconds_per_message: float
+class _Material:
+    """Everything that is judged, read before anything is, so that progress knows how much there is."""
+
+    tests: list[tuple[DataFile, list[Row]]]
+    dev: tuple[DataFile, list[Row]]
+    ordinary: list[tuple[DataFile, list[Row], list[list[Turn]]]]
+    check_lists: list[tuple[DataFile, list[Row]]]
+    licences: Licences
+
+    @property
+    def num_texts(self) -> int:
+        files = [*self.tests, self.dev, *self.check_lists]
+        return sum(len(rows) for _, rows in files) + sum(2 * len(rows) for _, rows, _ in self.ordinary)
 
 
 def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Report:
-    """Every `moderation/test_*` file and the first turns of the validation files under `data`."""
-    names = list_test_files(data)
-    tests: list[FileReport] = []
-    spent_s, num_texts = 0.0, 0
-    for i, name in enumerate(names):
-        rows, file = labelled_rows(data, name)
-        began_s = time.thread_time()
-        probabilities = _probabilities(policy, rows)
-        spent_s, num_texts = spent_s + time.thread_time() - began_s, num_texts + len(rows)
-        tests.append(_file_report(name, file.sha256, rows, probabilities, policy.threshold))
-        progress.update("evaluating", i + 1, len(names) + len(VALIDATION_FILES))
-    ordinary: list[OrdinaryReport] = []
-    for name in VALIDATION_FILES:
-        ordinary.append(ordinary_report(policy, data, name))
-        progress.update("evaluating", len(names) + len(ordinary), len(names) + len(VALIDATION_FILES))
-    pace_ms = 1000.0 * spent_s / max(1, num_texts)
-    return Report(policy.model_id, policy.threshold, tests, ordinary, round(pace_ms, 3))
-
-
-def ordinary_report(policy: Policy, data: Path, name: str) -> OrdinaryReport:
-    """Judges the first turn of every conversation, and each later user turn of the ordinary ones in its context."""
-    loaded = conversations(data, name)
-    is_ordinary = [source not in MEANT_AS_HARMFUL for source, _ in loaded]
-    is_flagged = [policy.judge_input(turns[:1]).flagged for _, turns in loaded]
-    ordinary_flagged = sum(flag for flag, ordinary in zip(is_flagged, is_ordinary, strict=True) if ordinary)
-    return OrdinaryReport(
-        name=name,
-        rows=len(loaded),
-        flagged=sum(is_flagged),
-        ordinary=sum(is_ordinary),
-        ordinary_flagged=ordinary_flagged,
-        meant_as_harmful=len(loaded) - sum(is_ordinary),
-        meant_as_harmful_flagged=sum(is_flagged) - ordinary_flagged,
-        ordinary_conversations_flagged_at_any_turn=refused_conversations(
-            policy, [turns for (_, turns), ordinary in zip(loaded, is_ordinary, strict=True) if ordinary]
-        ),
+    """Every `moderation/test_*` file, dev, our check lists and the first turns of the validation files under `data`."""
+    material = _read_material(data)
+    judge = _Judge(policy, progress, material.num_texts)
+    began_s = time.process_time()
+    tests = [judge.rows(file, rows) for file, rows in material.tests]
+    spent_s = time.process_time() - began_s
+    dev = judge.rows(*material.dev)
+    ordinary = [judge.rows(file, rows) for file, rows, _ in material.ordinary]
+    names = _trained_names(policy)
+    return Report(
+        model=policy.model_id,
+        tests=[_file_report(judged, names) for judged in tests],
+        ordinary=[
+            _ordinary_report(judge, judged, chats)
+            for judged, (_, _, chats) in zip(ordinary, material.ordinary, strict=True)
+        ],
+        milliseconds_per_message=round(1000.0 * spent_s / max(1, sum(len(one.rows) for one in tests)), 3),
+        dev=_file_report(dev, names),
+        presets=_preset_reports(policy, ordinary, [one for one in tests if one.file.name == REQUESTS_FILE]),
+        check_lists=[_check_list_report(judge.rows(file, rows)) for file, rows in material.check_lists],
+        examples=_examples(dev, ordinary, material.licences),
+        latency=_latency(policy, [row.text for _, rows in material.tests for row in rows]),
     )
 
 
-def refused_conversations(policy: Policy, chats: Sequence[Sequence[Turn]]) -> int:
+def refused_conversations(policy: Policy, chats: Iterable[Sequence[Turn]]) -> int:
     """How many conversations meet a refusal at one of their user turns."""
-    return sum(
-        any(policy.judge_input(turns[: i + 1]).flagged for i, turn in enumerate(turns) if turn.role == "user")
-        for turns in chats
+    return sum(_is_refused(policy, turns, first=0) for turns in chats)
+
+
+def _is_refused(policy: Policy, turns: Sequence[Turn], first: int) -> bool:
+    """At a user turn from index `first` on, each judged with all before it."""
+    user_turns = (i for i, turn in enumerate(turns) if turn.role == "user" and i >= first)
+    return any(policy.judge_input(turns[: i + 1]).flagged for i in user_turns)
+
+
+def _read_material(data: Path) -> _Material:
+    return _Material(
+        tests=[_swapped(labelled_rows(data, name)) for name in list_test_files(data)],
+        dev=_swapped(labelled_rows(data, DEV_FILE)),
+        ordinary=[
+            (*_swapped(first_user_turns(data, name)), [turns for _, turns in conversations(data, name)])
+            for name in VALIDATION_FILES
+        ],
+        check_lists=[(DataFile(name, "", len(check_list(name))), check_list(name)) for name in CHECK_LISTS],
+        licences=read_licences(data),
     )
 
 
-def _probabilities(policy: Policy, rows: Sequence[Row]) -> list[float]:
-    return [verdict.probability for verdict in policy.judge_texts([row.text for row in rows])]
+def _swapped(read: tuple[list[Row], DataFile]) -> tuple[DataFile, list[Row]]:
+    rows, file = read
+    return file, rows
 
 
-def _file_report(
-    name: str, sha256: str, rows: Sequence[Row], probabilities: Sequence[float], threshold: float
-) -> FileReport:
-    def measure_where(chosen: Sequence[int]) -> Measures:
-        labels = np.array([rows[i].label for i in chosen], np.int64)
-        return measure(labels, np.array([probabilities[i] for i in chosen], np.float64), threshold)
+def _trained_names(policy: Policy) -> list[str]:
+    return [*(category.value for category in policy.trained_categories), *policy.trained_extensions]
 
-    languages = sorted({row.lang for row in rows})
-    by_language = {lang: [i for i, row in enumerate(rows) if row.lang == lang] for lang in languages}
+
+def _file_report(judged: Judged, trained: Sequence[str]) -> FileReport:
+    labels, probabilities = judged.labels, judged.probabilities
     return FileReport(
-        name,
-        sha256,
-        measure_where(range(len(rows))),
-        {lang: measure_where(chosen) for lang, chosen in by_language.items()} if len(languages) > 1 else {},
+        name=judged.file.name,
+        sha256=judged.file.sha256,
+        overall=measure_flags(labels, probabilities, judged.flagged),
+        by_language=_measure_groups(judged, lambda row: [row.lang]),
+        by_category=_measure_groups(judged, _categories),
+        by_source=_measure_groups(judged, lambda row: [row.source]),
+        by_length=_measure_groups(judged, lambda row: [_length_bucket(row.text)], [name for name, _ in LENGTH_BUCKETS]),
+        curve=precision_recall_points(labels, probabilities),
+        reliability=reliability_bins(labels, probabilities),
+        recall_at_1_percent=recall_at_false_positive_rate(labels, probabilities, 0.01),
+        category_scores=_category_measures(judged, trained),
     )
+
+
+def _measure_groups(
+    judged: Judged, groups_of: Callable[[Row], Sequence[str]], order: Sequence[str] | None = None
+) -> dict[str, Measures]:
+    """Measures of each group, sorted or in `order`; empty if there is only one."""
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(judged.rows):
+        for group in groups_of(row):
+            members.setdefault(group, []).append(i)
+    if len(members) < 2:
+        return {}
+    labels, probabilities, flagged = judged.labels, judged.probabilities, judged.flagged
+    names = sorted(members) if order is None else [name for name in order if name in members]
+    chosen = {name: np.array(members[name]) for name in names}
+    return {name: measure_flags(labels[i], probabilities[i], flagged[i]) for name, i in chosen.items()}
+
+
+def _categories(row: Row) -> list[str]:
+    # "hate,violence" is two categories; "Suicide, Self-Harm, and Eating Disorders" is the name of one.
+    return CATEGORY_SEPARATOR.split(row.category)
+
+
+def _length_bucket(text: str) -> str:
+    return next(name for name, end in LENGTH_BUCKETS if end is None or len(text) < end)
+
+
+def _category_measures(judged: Judged, trained: Sequence[str]) -> dict[str, CategoryMeasures]:
+    """Of the trained categories that the file itself labels; one of few rows says nothing and is left out."""
+    found: dict[str, CategoryMeasures] = {}
+    for name in trained:
+        labels = np.array([name in _categories(row) for row in judged.rows], np.int64)
+        if MIN_CATEGORY_ROWS <= labels.sum() < len(labels):
+            scores = np.array([_score(verdict, name) for verdict in judged.verdicts], np.float64)
+            areas = area_under_roc(labels, scores), area_under_precision_recall(labels, scores)
+            found[name] = CategoryMeasures(int(labels.sum()), *areas)
+    return found
+
+
+def _score(verdict: Verdict, name: str) -> float:
+    return verdict.category_scores[name] if name in verdict.category_scores else verdict.extension_scores[name]
+
+
+def _ordinary_report(judge: _Judge, judged: Judged, chats: Sequence[Sequence[Turn]]) -> OrdinaryReport:
+    """`judged` holds the first turns; each later user turn of the ordinary ones is judged in its context."""
+    is_ordinary = np.array([row.source not in MEANT_AS_HARMFUL for row in judged.rows], np.bool_)
+    flagged = judged.flagged
+    refused = 0
+    for turns, ordinary, first_flagged in zip(chats, is_ordinary, flagged, strict=True):
+        if ordinary:
+            refused += bool(first_flagged) or _is_refused(judge.policy, turns, first=1)
+        judge.advance(1)
+    return OrdinaryReport(
+        name=judged.file.name,
+        rows=len(judged.rows),
+        flagged=int(flagged.sum()),
+        ordinary=int(is_ordinary.sum()),
+        ordinary_flagged=int((flagged & is_ordinary).sum()),
+        meant_as_harmful=int((~is_ordinary).sum()),
+        meant_as_harmful_flagged=int((flagged & ~is_ordinary).sum()),
+        ordinary_conversations_flagged_at_any_turn=refused,
+        by_language=_shares(judged, is_ordinary, lambda row: row.lang),
+        by_source=_shares(judged, is_ordinary, lambda row: row.source),
+    )
+
+
+def _shares(judged: Judged, is_counted: FlagArray, group_of: Callable[[Row], str]) -> dict[str, Share]:
+    """Flagged rows among those that count, by group."""
+    flags: dict[str, list[bool]] = {}
+    for row, verdict, counts in zip(judged.rows, judged.verdicts, is_counted, strict=True):
+        if counts:
+            flags.setdefault(group_of(row), []).append(verdict.flagged)
+    return {group: Share(sum(flags[group]), len(flags[group])) for group in sorted(flags)}
+
+
+def _preset_reports(policy: Policy, ordinary: Sequence[Judged], requests: Sequence[Judged]) -> list[PresetReport]:
+    """From the probabilities alone: a preset moves the threshold, not what was said of a text."""
+    harmless = [pair for judged in ordinary for pair in _pairs(judged) if pair[0].source not in MEANT_AS_HARMFUL]
+    harmful = [pair for judged in requests for pair in _pairs(judged) if pair[0].label == 1]
+    return [
+        PresetReport(
+            preset=preset,
+            language=language,
+            threshold=threshold,
+            false_positives=_share_above(harmless, language, threshold),
+            recall=_share_above(harmful, language, threshold),
+        )
+        for preset in PRESETS
+        for language in LANGUAGES
+        for threshold in (policy.preset_threshold(preset, language),)
+    ]
+
+
+def _pairs(judged: Judged) -> list[tuple[Row, Verdict]]:
+    return list(zip(judged.rows, judged.verdicts, strict=True))
+
+
+def _share_above(pairs: Sequence[tuple[Row, Verdict]], language: str, threshold: float) -> Share:
+    # By the language that the policy took the threshold by, not the row's.
+    chosen = [verdict.probability for _, verdict in pairs if verdict.language == language]
+    return Share(sum(probability >= threshold for probability in chosen), len(chosen))
+
+
+def _check_list_report(judged: Judged) -> CheckListReport:
+    wrong = [row.text for row, verdict in _pairs(judged) if verdict.flagged != (row.label == 1)]
+    return CheckListReport(judged.file.name, len(judged.rows), wrong)
+
+
+def _examples(dev: Judged, ordinary: Sequence[Judged], licences: Licences) -> list[Example]:
+    """The worst mistakes on rows that may be shipped, half of each kind, sources in turns."""
+    harmless = [pair for judged in (dev, *ordinary) for pair in _pairs(judged) if pair[0].label == 0]
+    false_positives = [pair for pair in harmless if pair[1].flagged and pair[0].source not in MEANT_AS_HARMFUL]
+    false_negatives = [pair for pair in _pairs(dev) if pair[0].label == 1 and not pair[1].flagged]
+    false_positives.sort(key=lambda pair: -pair[1].probability)
+    false_negatives.sort(key=lambda pair: pair[1].probability)
+    kinds: tuple[tuple[ExampleKind, list[tuple[Row, Verdict]]], ...] = (
+        ("false positive", false_positives),
+        ("false negative", false_negatives),
+    )
+    return [
+        Example(kind, _cut(row.text), row.lang, row.source, row.category, verdict.probability)
+        for kind, pairs in kinds
+        for row, verdict in _sources_in_turns(pairs, licences)[: MAX_EXAMPLES // 2]
+    ]
+
+
+def _sources_in_turns(pairs: Sequence[tuple[Row, Verdict]], licences: Licences) -> list[tuple[Row, Verdict]]:
+    """First the worst of every source, then the second worst: one source alone would show one way to fail."""
+    by_source: dict[str, list[tuple[Row, Verdict]]] = {}
+    for pair in pairs:
+        if licences.allow(pair[0].source):
+            by_source.setdefault(pair[0].source, []).append(pair)
+    return [pair for pair in chain.from_iterable(zip_longest(*by_source.values())) if pair is not None]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[: MAX_EXAMPLE_CHARS - 1]}…"
+
+
+def _latency(policy: Policy, texts: Sequence[str]) -> Latency:
+    messages = messages_of_length(texts, LATENCY_TOKENS, LATENCY_MESSAGES)
+    return measure_latency(lambda message: policy.judge_texts([message]), messages, LATENCY_TOKENS)

@@ -1,0 +1,68 @@
+"""Messages of a stated length, and how long one takes to judge. Used by the report and by benchmarks/moderation.py.
+
+A token here is a word, a mark or one Chinese character: what a subword tokenizer makes at least one piece of.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moderation.features import CJK
+
+__all__ = ["Latency", "measure_latency", "messages_of_length"]
+
+TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[^\w\s]|_")
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Of messages judged one after the other, each by itself."""
+
+    tokens: int
+    messages: int
+    p50_ms: float
+    p99_ms: float
+
+
+def messages_of_length(texts: Sequence[str], tokens: int, count: int) -> list[str]:
+    """`count` messages of exactly `tokens` tokens, spread over `texts`: a text and those after it, cut at the end.
+
+    The same arguments give the same messages. Raises ValueError if the texts hold no token.
+    """
+    lengths = [len(TOKEN.findall(text)) for text in texts]
+    if sum(lengths) == 0:
+        raise ValueError("no text holds a token; expected at least one word")
+    starts = [i * len(texts) // count for i in range(count)]
+    return [_message_from(texts, lengths, start, tokens) for start in starts]
+
+
+def measure_latency(judge: Callable[[str], object], messages: Sequence[str], tokens: int) -> Latency:
+    """Milliseconds on the clock. The first messages are judged once before, so that nothing is loaded while timed."""
+    for message in messages[:3]:
+        judge(message)
+    spent_ms = np.array([_milliseconds(judge, message) for message in messages])
+    p50, p99 = np.quantile(spent_ms, [0.5, 0.99])
+    return Latency(tokens, len(messages), round(float(p50), 3), round(float(p99), 3))
+
+
+def _message_from(texts: Sequence[str], lengths: Sequence[int], start: int, tokens: int) -> str:
+    parts: list[str] = []
+    index, missing = start, tokens
+    while missing > 0:
+        parts.append(texts[index % len(texts)])
+        missing -= lengths[index % len(texts)]
+        index += 1
+    joined = " ".join(parts)
+    last = list(TOKEN.finditer(joined))[tokens - 1]
+    return joined[: last.end()]
+
+
+def _milliseconds(judge: Callable[[str], object], message: str) -> float:
+    began_s = time.perf_counter()
+    judge(message)
+    return 1000.0 * (time.perf_counter() - began_s)
