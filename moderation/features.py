@@ -1,4 +1,4 @@
-"""Text to hashed n-gram features: normalisation, tokens, word n-grams and character n-grams. Pure, numpy only.
+"""Text to hashed n-gram features: tokens, word n-grams and character n-grams of the unmasked text. Pure, numpy only.
 
 Chinese, Japanese and Korean characters are tokens of their own, so the word n-grams over them are character n-grams.
 Training and inference both call `hash_features`; a change here needs new weights and a new format name.
@@ -15,32 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moderation.errors import ModerationError
+from moderation.unmask import CJK, unmask
 
-__all__ = ["FeatureOptions", "Features", "hash_features", "normalise", "split_tokens"]
+__all__ = ["CJK", "FeatureOptions", "Features", "hash_features", "normalise", "split_tokens"]
 
 UInt64Array = npt.NDArray[np.uint64]
 
-# Kana, Han with extension A, Hangul, compatibility Han, and the Han extensions beyond the basic plane.
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
 TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[!?]")
 APOSTROPHE = re.compile(r"(?<=[^\W\d_])['\u2019](?=[^\W\d_])")
-INVISIBLE = re.compile(
-    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
-)
 COMBINING = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+")
-REPEATED = re.compile(r"([^\W\d_])\1{2,}")
-SPACED_LETTERS = re.compile(r"(?<![^\W_])(?:[a-z][ .\-_*]){3,}[a-z](?![^\W_])")
-LETTER_LIKE_SYMBOL = re.compile(r"(?<=[a-z$@])[@$](?=[a-z$@])")
-LETTERS_AND_DIGITS = re.compile(r"\b(?=[a-z]*\d)(?=\d*[a-z])[a-z\d]{3,}\b")
-MIXED_SCRIPT = re.compile(r"\b(?=\w*[a-z])(?=\w*[\u0370-\u03ff\u0400-\u052f])\w+\b")
 DIGIT = re.compile(r"\d")
 
-SYMBOLS_AS_LETTERS = str.maketrans({"@": "a", "$": "s"})
-DIGITS_AS_LETTERS = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t"})
-# Cyrillic and Greek letters that look like a Latin one; applied only inside words that also hold Latin letters.
-LOOKALIKES = str.maketrans(
-    dict(zip("авекмнорстухіјѕԁӏαβεικνορτυχ", "abekmhopctyxijsdlabeikvoptux", strict=True))  # codespell:ignore
-)
+WIDE_MARKS = str.maketrans("\uff01\uff1f", "!?")
 
 # Every CJK token sorts after every alphabetic one that matters here, so one comparison tells them apart.
 CJK_FROM = "\u3040"
@@ -80,16 +66,12 @@ class Features:
 
 
 def normalise(text: str) -> str:
-    """Folds width, case, look-alike letters, digits for letters, spaced letters and invisible characters away."""
-    folded = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).lower()
-    folded = COMBINING.sub("", unicodedata.normalize("NFD", folded)) if not folded.isascii() else folded
-    folded = unicodedata.normalize("NFC", folded) if not folded.isascii() else folded
-    folded = APOSTROPHE.sub("", folded)
-    folded = MIXED_SCRIPT.sub(lambda match: match[0].translate(LOOKALIKES), folded)
-    folded = LETTER_LIKE_SYMBOL.sub(lambda match: match[0].translate(SYMBOLS_AS_LETTERS), folded)
-    folded = SPACED_LETTERS.sub(lambda match: "".join(filter(str.isalpha, match[0])), folded)
-    folded = LETTERS_AND_DIGITS.sub(lambda match: match[0].translate(DIGITS_AS_LETTERS), folded)
-    return DIGIT.sub("0", REPEATED.sub(r"\1\1", folded))
+    """`unmask`, and then what only counting wants: lower case, no accents or apostrophes, every digit a 0."""
+    folded = unmask(text).lower()
+    if not folded.isascii():
+        folded = unicodedata.normalize("NFC", COMBINING.sub("", unicodedata.normalize("NFD", folded)))
+        folded = folded.translate(WIDE_MARKS)
+    return DIGIT.sub("0", APOSTROPHE.sub("", folded))
 
 
 def split_tokens(normalised: str) -> list[str]:
