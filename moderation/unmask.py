@@ -37,7 +37,10 @@ FOLDABLE_WIDTH = re.compile(f"[^{KEPT_WIDTH}]+")
 GENERIC_MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
 GENERIC_MARK = re.compile(f"[{GENERIC_MARKS}]+")
 MARKED_WORD = re.compile(rf"[\w{GENERIC_MARKS}]+")
-ODD_LATIN = re.compile(f"[{re.escape(''.join(map(chr, ALWAYS_LATIN)))}]")
+# Sets within the basic plane are looked up in a table, others are searched: hence two of each.
+ODD_LATIN = re.compile(f"[{''.join(chr(point) for point in ALWAYS_LATIN if point < 0x10000)}]")
+ENCLOSED_LATIN = re.compile("[\U0001f110-\U0001f189]")
+ASTRAL = re.compile("[\U00010000-\U0001efff]")
 REGIONAL_RUN = re.compile("[\U0001f1e6-\U0001f1ff]+")
 REGIONAL_A = 0x1F1E6
 
@@ -59,9 +62,16 @@ NOT_WORD = re.compile(r"[\W_]+")
 MIN_ENUMERATION = 8
 CUT_LETTERS = 200
 
-ADDRESS = r"(?:https?://|www\.)\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.\w\S*"
 LEET_SIGNS = re.escape("".join(sign for sign in LEET if sign not in "!|+"))
-LEET_TOKEN = re.compile(rf"{ADDRESS}|([A-Za-z{LEET_SIGNS}]+(?:[!|+][A-Za-z{LEET_SIGNS}]+)*)")
+LEET_LETTER = f"[A-Za-z{LEET_SIGNS}]"
+# The look-behind lets a token begin only at its first character, so that no stretch of letters is read twice.
+LEET_TOKEN = re.compile(
+    rf"(?<!{LEET_LETTER})([A-Za-z]*(?:[{LEET_SIGNS}]|[!|+](?={LEET_LETTER}))(?:{LEET_LETTER}|[!|+](?={LEET_LETTER}))*)"
+)
+HAS_ADDRESS = re.compile(r"://|www\.|@[\w-]+\.")
+ADDRESS_OR_LEET = re.compile(
+    rf"(?:https?://|www\.)\S+|(?<![\w.+-])[\w.+-]{{1,64}}@[\w-]{{1,64}}\.\w\S*|{LEET_TOKEN.pattern}"
+)
 HAS_LEET = re.compile(f"[{LEET_SIGNS}!|+]")
 JOINER = re.compile(r"([!|+])")
 LEADING_SIGNS = re.compile(f"[{LEET_SIGNS}!|+]+")
@@ -73,13 +83,14 @@ MAX_LEET_TRIES = 64
 MIN_UNKNOWN_CHARS = 6
 
 THREE_ALIKE = re.compile(r"([^\W\d_])\1{2,}", re.IGNORECASE)
+THREE_SAME = re.compile(r"([^\W\d_])\1\1")
 LETTER_RUN = re.compile(r"[^\W_]+")
 ROMAN = re.compile(r"[IVXLCDM]{1,9}|[ivxlc]{1,9}")
 MAX_RUNS = 4
 
 
-def _every_combining_mark() -> str:
-    points = [point for point in range(0x300, 0x1E950) if unicodedata.combining(chr(point))]
+def _combining_marks(start: int, end: int) -> str:
+    points = [point for point in range(start, end) if unicodedata.combining(chr(point))]
     ranges: list[list[int]] = []
     for point in points:
         if ranges and point == ranges[-1][1] + 1:
@@ -90,7 +101,8 @@ def _every_combining_mark() -> str:
 
 
 # No script needs four marks on one letter. Longer piles also make Unicode normalisation quadratic.
-PILE = re.compile(f"[{_every_combining_mark()}{GENERIC_MARKS}]{{4,}}")
+PILE = re.compile(f"[{_combining_marks(0x300, 0x10000)}{GENERIC_MARKS}]{{4,}}")
+ASTRAL_PILE = re.compile(f"[{_combining_marks(0x10000, 0x1E950)}]{{4,}}")
 
 
 def unmask(text: str) -> str:
@@ -110,8 +122,9 @@ def _fold_once(text: str) -> str:
         text = CHINESE_APART.sub(_close_chinese, text)
     text = SET_APART.sub(_close_up, text)
     if HAS_LEET.search(text):
-        text = LEET_TOKEN.sub(_read_leet, text)
-    if THREE_ALIKE.search(text):
+        tokens = ADDRESS_OR_LEET if HAS_ADDRESS.search(text) else LEET_TOKEN
+        text = tokens.sub(_read_leet, text)
+    if THREE_SAME.search(text.lower()):
         text = LETTER_RUN.sub(_shorten_runs, text)
     return text
 
@@ -119,7 +132,10 @@ def _fold_once(text: str) -> str:
 def _fold_width(text: str) -> str:
     """NFKC, but for punctuation and signs; enclosed and oddly shaped Latin letters become plain."""
     text = PILE.sub("", text)
-    text = ODD_LATIN.sub(lambda match: ALWAYS_LATIN[ord(match[0])], text)
+    if ASTRAL.search(text):
+        text = ASTRAL_PILE.sub("", text)
+    if ODD_LATIN.search(text) or ENCLOSED_LATIN.search(text):
+        text = text.translate(ALWAYS_LATIN)
     text = REGIONAL_RUN.sub(_fold_regional, text)
     if unicodedata.is_normalized("NFKC", text):
         return text
@@ -218,7 +234,7 @@ def _cut(letters: str) -> Sequence[str]:
 
 def _read_leet(match: re.Match[str]) -> str:
     token = match[1]
-    if token is None or (token.isalpha() and token.isascii()) or token.isdigit():
+    if token is None or token.isdigit():
         return match[0]
     if folded := _leet_word(token):
         return folded
