@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -34,11 +35,10 @@ def messages_of_length(texts: Sequence[str], tokens: int, count: int) -> list[st
 
     The same arguments give the same messages. Raises ValueError if the texts hold no token.
     """
-    lengths = [len(TOKEN.findall(text)) for text in texts]
-    if sum(lengths) == 0:
+    usable = [(text, len(TOKEN.findall(text))) for text in texts if TOKEN.search(text)]
+    if not usable:
         raise ValueError("no text holds a token; expected at least one word")
-    starts = [i * len(texts) // count for i in range(count)]
-    return [_message_from(texts, lengths, start, tokens) for start in starts]
+    return [_message_from(usable, i * len(usable) // count, tokens) for i in range(count)]
 
 
 def measure_latency(judge: Callable[[str], object], messages: Sequence[str], tokens: int) -> Latency:
@@ -50,15 +50,16 @@ def measure_latency(judge: Callable[[str], object], messages: Sequence[str], tok
     return Latency(tokens, len(messages), round(float(p50), 3), round(float(p99), 3))
 
 
-def _message_from(texts: Sequence[str], lengths: Sequence[int], start: int, tokens: int) -> str:
+def _message_from(usable: Sequence[tuple[str, int]], start: int, tokens: int) -> str:
     parts: list[str] = []
-    index, missing = start, tokens
-    while missing > 0:
-        parts.append(texts[index % len(texts)])
-        missing -= lengths[index % len(texts)]
-        index += 1
+    missing = tokens
+    for text, length in islice(cycle(usable), start, None):
+        parts.append(text)
+        missing -= length
+        if missing <= 0:
+            break
     joined = " ".join(parts)
-    last = list(TOKEN.finditer(joined))[tokens - 1]
+    last = next(islice(TOKEN.finditer(joined), tokens - 1, None))
     return joined[: last.end()]
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from moderation.categories import Category
-from moderation.commands import moderate, train_moderation
+from moderation.commands import moderate, report, train_moderation
 from moderation.errors import ModerationError
+from moderation.policy import load_policy
+from moderation.presets import PRESETS, PresetName
+from tests.moderation.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +41,8 @@ def test_json_is_one_object_with_every_category(capsys: pytest.CaptureFixture[st
     assert verdict["flagged"] is True
     assert verdict["probability"] >= verdict["threshold"]
     assert list(verdict["categories"]) == [category.value for category in Category]
-    assert verdict["trained_categories"] == []
+    assert (verdict["reason"], verdict["language"]) == ("moderation", "en")
+    assert set(verdict["trained_categories"]) <= set(verdict["categories"])
 
 
 def test_a_file_and_standard_input_are_read(
@@ -99,3 +103,43 @@ def test_training_takes_the_data_directory_from_the_environment(
 
     with pytest.raises(ModerationError, match="from-environment"):
         train_moderation(["--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_asked_for_and_its_threshold_is_used(
+    preset: PresetName, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moderate([HARMLESS, "--preset", preset, "--json"]) == 0
+
+    expected = load_policy().preset_threshold(preset, "en")
+    assert json.loads(capsys.readouterr().out)["threshold"] == expected
+
+
+def test_report_is_written_beside_nothing_but_where_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_tiny_data(tmp_path / "data"), tmp_path / "out"
+
+    assert report(["--data", str(data), "--out", str(out)]) == 0
+
+    printed = capsys.readouterr()
+    assert {"README.md", "report.json", "pr_curves.png", "calibration.png"} <= {path.name for path in out.iterdir()}
+    assert "moderation/test_openai_moderation.jsonl.gz: recall" in printed.out
+    assert str(data) not in (out / "README.md").read_text(encoding="utf-8")
+    assert "judging" in printed.err
+
+
+def test_report_stops_before_judging_if_it_could_not_be_written(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+
+    with pytest.raises(ModerationError, match=r"manifest\.json cannot be used"):
+        report(["--data", str(tmp_path / "no-data"), "--weights", str(weights)])
+
+
+def test_report_without_data_says_how_to_name_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CAUSERIE_DATA", raising=False)
+    with pytest.raises(ModerationError, match="--data DIR or the environment variable CAUSERIE_DATA"):
+        report([])
+    with pytest.raises(ModerationError, match="cannot be read"):
+        report(["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
