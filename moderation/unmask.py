@@ -30,8 +30,8 @@ INVISIBLE = re.compile(
 )
 # Compatibility folding would change the sense or the look of these and uncovers no letter.
 KEPT_WIDTH = (
-    "\u00a8\u00af\u00b2\u00b3\u00b4\u00b8\u00b9\u00bc-\u00be\u2026\u2122\u3000-\u303f\u3200-\u33ff\ufdf0-\ufdff"
-    "\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\uff5e"
+    "\u00a8\u00aa\u00af\u00b2-\u00b4\u00b8-\u00ba\u00bc-\u00be\u2010-\u2015\u2026\u2070\u2074-\u2079\u2080-\u2089\u2103"
+    "\u2122\u3000-\u303f\u3200-\u33ff\ufdf0-\ufdff\uff01\uff05\uff08\uff09\uff0c\uff1a\uff1b\uff1f\uff5e"
 )
 FOLDABLE_WIDTH = re.compile(f"[^{KEPT_WIDTH}]+")
 GENERIC_MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
@@ -54,13 +54,14 @@ LATIN_LETTER = re.compile("[A-Za-z]")
 GAP = r"[\W_]{1,3}"
 MASKED_LETTER = r"[A-Za-z0-9@$!]"
 SET_APART = re.compile(rf"(?<![\w@$!]){MASKED_LETTER}(?:{GAP}{MASKED_LETTER}(?![^\W_]|[@$])){{2,}}")
-QUOTE = re.compile(r"['\"\u2019]")
 SINGLE = re.compile(rf"({GAP})")
 CHINESE_APART = re.compile(rf"(?<![{CJK}])[{CJK}](?:{GAP}[{CJK}](?![{CJK}])){{2,}}")
+QUOTE = re.compile(r"['\"\u2018-\u201f\u3008-\u3011\uff08\uff09()\[\]]")
 CHINESE_POINT = re.compile("[\u3001\u3002\uff0c\uff1a\uff1b\uff01\uff1f]")
 NOT_WORD = re.compile(r"[\W_]+")
 MIN_ENUMERATION = 8
 CUT_LETTERS = 200
+SPELLED_SHARE = 0.6
 
 LEET_SIGNS = re.escape("".join(sign for sign in LEET if sign not in "!|+"))
 LEET_LETTER = f"[A-Za-z{LEET_SIGNS}]"
@@ -76,7 +77,7 @@ HAS_LEET = re.compile(f"[{LEET_SIGNS}!|+]")
 JOINER = re.compile(r"([!|+])")
 LEADING_SIGNS = re.compile(f"[{LEET_SIGNS}!|+]+")
 SPELLED_LIKE_A_WORD = re.compile(r"[A-Z]?[a-z]+(?:[013457@$]{1,2}[a-z]+)+[013457]?")
-UNITS = frozenset({"am", "pm", "in", "all", "old", "ft", "he", "en", "an", "it", "on"})
+UNITS = frozenset({"am", "pm", "in", "all", "old", "ft", "he", "en", "an", "it", "on", "id"})
 IN_CODE = frozenset("_./\\=([{<>#-&%:`~^*")
 MAX_LEET_CHARS = 24
 MAX_LEET_TRIES = 64
@@ -192,9 +193,11 @@ def _fold_lookalikes(text: str) -> str:
 
 def _close_chinese(match: re.Match[str]) -> str:
     characters = NOT_WORD.sub("", match[0])
-    # Short rows of single characters with points between them are enumerations.
-    if len(characters) < MIN_ENUMERATION and CHINESE_POINT.search(match[0]):
-        return match[0]
+    # Few single characters with points, quotes or various signs between them are enumerations.
+    if len(characters) < MIN_ENUMERATION:
+        gaps = NOT_WORD.findall(match[0])
+        if len(set(gaps)) > 1 or QUOTE.search(gaps[0]) or CHINESE_POINT.search(gaps[0]):
+            return match[0]
     return characters
 
 
@@ -225,7 +228,7 @@ def _spell(group: str) -> str | None:
         piece for start in range(0, len(group), CUT_LETTERS) for piece in _cut(group[start : start + CUT_LETTERS])
     ]
     known = sum(len(piece) for piece in pieces if is_word(piece.lower()))
-    return " ".join(pieces) if 2 * known > len(group) else None
+    return " ".join(pieces) if known >= SPELLED_SHARE * len(group) else None
 
 
 def _cut(letters: str) -> Sequence[str]:
@@ -251,14 +254,17 @@ def _leet_word(token: str) -> str | None:
     if not 3 <= len(token) <= MAX_LEET_CHARS or not LATIN_LETTER.search(token):
         return None
     core = token.lower()
+    if 2 * sum(map(core.count, "0123456789")) > len(core):
+        # "4x3", "1e6"
+        return None
     leading = LEADING_SIGNS.match(core)
     if leading and LATIN_LETTER.search(core) and not HAS_LEET.search(core, leading.end()):
         # "5am", "$table", "100percent": a number or a sign before a word of its own.
         rest = core[leading.end() :]
         if len(leading[0]) > 1 or rest in UNITS or is_word(rest):
             return None
-    trailing = core.rstrip("".join(LEET))
-    if trailing.isalpha() and trailing.isascii() and (is_word(trailing) or len(core) - len(trailing) > 1):
+    stem = core.rstrip("0123456789")
+    if stem != core and stem.isalpha() and stem.isascii() and (is_word(stem) or len(core) - len(stem) > 1):
         # "level5", "sha256"
         return None
     choices = [LEET.get(c, c) for c in core]
