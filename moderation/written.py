@@ -1,8 +1,8 @@
 """Expands the phrase files of `moderation/data/written/` into labelled training rows. Called by training alone.
 
-A line may hold choices `[a|b]` and names of slot lists `{name}`. Ways of asking come from `wrappers.toml`, lists that
-several files use from `slots.toml`: both are the same for harmful and harmless phrases, so that no group and no way of
-asking speaks for a label. No test file had a part in writing the phrases.
+A line may hold choices `[a|b]` and names of slot lists `{name}`; `{name*}` has one value throughout a row. Ways of
+asking come from `wrappers.toml`, lists that several files use from `slots.toml`: both are the same for harmful and
+harmless phrases, so that no group and no way of asking speaks for a label. No test file had a part in writing them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from typing import TypeVar
 
 import msgspec
 
+from moderation.categories import Category
 from moderation.errors import ModerationError
 from moderation.rows import Row
 
-__all__ = ["SLOT_FILE", "WRAPPER_FILE", "expand_phrases", "phrase_files", "written_directory"]
+__all__ = ["EXTENSIONS", "SLOT_FILE", "WRAPPER_FILE", "expand_phrases", "phrase_files", "written_directory"]
 
 Decoded = TypeVar("Decoded")
 
 WRAPPER_FILE = "wrappers.toml"
 SLOT_FILE = "slots.toml"
+NO_CATEGORY = "none"
+# Categories of a file that are not in OpenAI's list.
+EXTENSIONS = ("jailbreak",)
 # Kinds written as people post, not as they ask an assistant: some of their rows are all in small or in capital letters.
 POSTED_KINDS = ("comments", "posts")
 SMALL_LETTERS_SHARE = 0.2
 CAPITALS_SHARE = 0.05
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
-SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{(\w+)(\*?)\}")
 SPACES = re.compile(r" {2,}")
 SPACE_BEFORE_MARK = re.compile(r" +(?=[,.?!;])")
 
@@ -41,7 +45,7 @@ class PhraseFile:
     lang: str
     texts: dict[str, str]
     slots: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    category: str = "none"
+    category: str = NO_CATEGORY
     share: float = 1.0
 
 
@@ -70,6 +74,8 @@ def expand_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
     rows: dict[str, Row] = {}
     for path in phrase_files(directory):
         phrases = _read(path, PhraseFile)
+        if phrases.category not in (NO_CATEGORY, *Category, *EXTENSIONS):
+            raise ModerationError(f"phrase file {path} has the category {phrases.category!r}, which is unknown")
         slots = common[phrases.lang] | phrases.slots
         source = f"written_{path.stem}"
         for kind, lines in phrases.texts.items():
@@ -94,10 +100,15 @@ def _fill(line: str, slots: Mapping[str, Sequence[str]], rng: random.Random) -> 
     # Innermost choices first, so that a choice inside a choice is settled before the outer one.
     while match := CHOICE.search(line):
         line = line[: match.start()] + rng.choice(match[1].split("|")) + line[match.end() :]
+    kept: dict[str, str] = {}
     while match := SLOT.search(line):
-        if match[1] not in slots:
-            raise ModerationError(f"phrase {line!r} uses the unknown list {{{match[1]}}}; known are {sorted(slots)}")
-        line = line[: match.start()] + rng.choice(slots[match[1]]) + line[match.end() :]
+        name, is_kept = match.groups()
+        if name not in slots:
+            raise ModerationError(f"phrase {line!r} uses the unknown list {{{name}}}; known are {sorted(slots)}")
+        value = rng.choice(slots[name])
+        if is_kept:
+            value = kept.setdefault(name, value)
+        line = line[: match.start()] + value + line[match.end() :]
     return SPACES.sub(" ", line).strip()
 
 
