@@ -58,6 +58,7 @@ in them. Calibrated on the dev file and on ordinary first turns. {licence_rule}
 |---|--:|---|
 {learnt}
 
+{taught}
 Harmful requests in Chinese were learnt from our own phrases alone: no allowed source has any. Chinese hate was learnt
 from posts whose labels are partly automatic, English hate from tweets and forum posts of before 2020.
 
@@ -147,6 +148,7 @@ class CardFacts:
     stages: list[StageFacts] = field(default_factory=list)
     command: str = "causerie train moderation"
     trained_categories: list[str] = field(default_factory=list)
+    rows_by_category: dict[str, int] = field(default_factory=dict)
     weights_bytes: int | None = None
 
 
@@ -157,7 +159,7 @@ def card_facts(manifest: WeightsManifest) -> CardFacts:
 def render_card(facts: CardFacts | WeightsManifest, report: Report, pictures: Sequence[str] = ()) -> str:
     """pictures: names of the PNGs that lie beside the card."""
     facts = facts if isinstance(facts, CardFacts) else card_facts(facts)
-    figures = headline_figures(report, facts.weights_bytes)
+    figures = headline_figures(report, facts.weights_bytes, is_cascade=len(facts.stages) > 1)
     files = [test for test in (report.dev, *report.tests) if test is not None]
     return TEXT.format(
         model=facts.model,
@@ -172,6 +174,7 @@ def render_card(facts: CardFacts | WeightsManifest, report: Report, pictures: Se
         removed=sum(facts.removed_rows_known_from_validation_or_test.values()),
         licence_rule=_licence_rule(facts.licences),
         learnt="\n".join(_learnt_lines(facts)),
+        taught=_taught(facts),
         meant_as_harmful=" and ".join(MEANT_AS_HARMFUL),
         ordinary="\n".join(map(ordinary_line, report.ordinary)),
         conversations=_conversations(report),
@@ -199,10 +202,14 @@ def _stages(facts: CardFacts, report: Report) -> str:
     if not facts.stages:
         return pace
     if len(facts.stages) == 1:
-        return f"One model: `{facts.stages[0].name}`, {facts.stages[0].about}. {pace}"
-    lines = [f"{i}. `{stage.name}`: {stage.about}." for i, stage in enumerate(facts.stages, start=1)]
+        return f"One model: `{facts.stages[0].name}`, {_about(facts.stages[0])}. {pace}"
+    lines = [f"{i}. `{stage.name}`: {_about(stage)}." for i, stage in enumerate(facts.stages, start=1)]
     about = "A cascade: a later stage judges only where those before it are unsure."
     return "\n".join([f"{about} {pace}", "", *lines])
+
+
+def _about(stage: StageFacts) -> str:
+    return stage.about if stage.weights_bytes is None else f"{stage.about} ({stage.weights_bytes / 1e6:.1f} MB)"
 
 
 def _missed(figures: Sequence[Figure]) -> str:
@@ -224,6 +231,13 @@ def _learnt_lines(facts: CardFacts) -> Iterator[str]:
         more = len(sources) - MAX_SOURCES_NAMED
         named = ", ".join(sources[:MAX_SOURCES_NAMED]) + (f" and {more} more" if more > 0 else "")
         yield f"| {what} | {rows:,} | {named} |"
+
+
+def _taught(facts: CardFacts) -> str:
+    if not facts.trained_categories:
+        return ""
+    counts = (f"{name} {facts.rows_by_category.get(name, 0):,}" for name in facts.trained_categories)
+    return f"Rows that have each category: {', '.join(counts)}.\n"
 
 
 def _conversations(report: Report) -> str:

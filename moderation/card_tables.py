@@ -26,6 +26,7 @@ __all__ = [
 # How the rows of a source came about, by the part of its name before a colon.
 MADE_ROWS: Mapping[str, str] = {
     "hidden": "harmful requests hidden in harmless passages",
+    "labelled": "requests that we labelled ourselves",
     "passage": "passages of books and answers, harmless",
 }
 POSTS: Mapping[str, str] = {
@@ -131,7 +132,7 @@ def learnt_from(rows_by_source_and_label: Mapping[str, int]) -> list[tuple[str, 
         what = _what(source, label == "1")
         rows[what] = rows.get(what, 0) + count
         # The books of a collection are sources of their own; the collection is enough here.
-        collection = (source.partition(":")[2] or source).partition("/")[0]
+        collection = source.rpartition(":")[2].partition("/")[0]
         named = sources.setdefault(what, [])
         if collection not in named:
             named.append(collection)

@@ -150,7 +150,10 @@ def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Repor
         presets=_preset_reports(policy, ordinary, [one for one in tests if one.file.name == REQUESTS_FILE]),
         check_lists=[_check_list_report(judge.rows(file, rows)) for file, rows in material.check_lists],
         examples=_examples(dev, ordinary, material.licences),
-        latency=_latency(policy, [row.text for _, rows in material.tests for row in rows]),
+        latencies=[
+            _latency(policy, "ordinary first turns", [rows for _, rows, _ in material.ordinary]),
+            _latency(policy, "test files", [rows for _, rows in material.tests]),
+        ],
     )
 
 
@@ -341,6 +344,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[: MAX_EXAMPLE_CHARS - 1]}…"
 
 
-def _latency(policy: Policy, texts: Sequence[str]) -> Latency:
+def _latency(policy: Policy, of: str, files: Sequence[Sequence[Row]]) -> Latency:
+    texts = [row.text for rows in files for row in rows]
     messages = messages_of_length(texts, LATENCY_TOKENS, LATENCY_MESSAGES)
-    return measure_latency(lambda message: policy.judge_texts([message]), messages, LATENCY_TOKENS)
+    return measure_latency(lambda message: policy.judge_texts([message]), messages, of, LATENCY_TOKENS)

@@ -23,6 +23,8 @@ MIN_REQUEST_RECALL = 0.70
 MIN_TOXICITY_RECALL = 0.60
 MAX_CALIBRATION_ERROR = 0.05
 MAX_P50_MS, MAX_P99_MS = 8.0, 25.0
+# Of a cascade: what its second stage may take where the first is unsure.
+MAX_CASCADE_P99_MS = 60.0
 MAX_WEIGHTS_MB = 30.0
 
 
@@ -73,14 +75,14 @@ def headline_measure(test: FileReport) -> tuple[AreaName, float | None]:
     return "AUPRC", test.overall.auprc
 
 
-def headline_figures(report: Report, weights_bytes: int | None = None) -> list[Figure]:
+def headline_figures(report: Report, weights_bytes: int | None = None, *, is_cascade: bool = False) -> list[Figure]:
     """Every goal that this report can answer, in the order in which the card shows them."""
     return [
         *_ordinary_figures(report),
         *_threshold_figures(report),
         *_area_figures(report),
         *_calibration_figures(report),
-        *_cost_figures(report, weights_bytes),
+        *_cost_figures(report, weights_bytes, MAX_CASCADE_P99_MS if is_cascade else MAX_P99_MS),
     ]
 
 
@@ -131,11 +133,11 @@ def _calibration_figures(report: Report) -> Iterator[Figure]:
         yield Figure(about, test.overall.calibration_error, "area", MAX_CALIBRATION_ERROR, is_upper_bound=True)
 
 
-def _cost_figures(report: Report, weights_bytes: int | None) -> Iterator[Figure]:
-    if report.latency is not None:
-        about = f"one message of {report.latency.tokens} tokens, one core"
-        yield Figure(f"{about}, p50", report.latency.p50_ms, "ms", MAX_P50_MS, is_upper_bound=True)
-        yield Figure(f"{about}, p99", report.latency.p99_ms, "ms", MAX_P99_MS, is_upper_bound=True)
+def _cost_figures(report: Report, weights_bytes: int | None, max_p99_ms: float) -> Iterator[Figure]:
+    for latency in report.latencies:
+        about = f"one message of {latency.tokens} tokens, {latency.of}"
+        yield Figure(f"{about}, p50", latency.p50_ms, "ms", MAX_P50_MS, is_upper_bound=True)
+        yield Figure(f"{about}, p99", latency.p99_ms, "ms", max_p99_ms, is_upper_bound=True)
     if weights_bytes is not None:
         yield Figure("weights", weights_bytes / 1e6, "MB", MAX_WEIGHTS_MB, is_upper_bound=True)
 

@@ -22,8 +22,9 @@ TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[^\w\s]|_")
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Of messages judged one after the other, each by itself."""
+    """Of messages judged one after the other, each by itself. of: where their text was taken from."""
 
+    of: str
     tokens: int
     messages: int
     p50_ms: float
@@ -41,13 +42,13 @@ def messages_of_length(texts: Sequence[str], tokens: int, count: int) -> list[st
     return [_message_from(usable, i * len(usable) // count, tokens) for i in range(count)]
 
 
-def measure_latency(judge: Callable[[str], object], messages: Sequence[str], tokens: int) -> Latency:
+def measure_latency(judge: Callable[[str], object], messages: Sequence[str], of: str, tokens: int) -> Latency:
     """Milliseconds on the clock. The first messages are judged once before, so that nothing is loaded while timed."""
     for message in messages[:3]:
         judge(message)
     spent_ms = np.array([_milliseconds(judge, message) for message in messages])
     p50, p99 = np.quantile(spent_ms, [0.5, 0.99])
-    return Latency(tokens, len(messages), round(float(p50), 3), round(float(p99), 3))
+    return Latency(of, tokens, len(messages), round(float(p50), 3), round(float(p99), 3))
 
 
 def _message_from(usable: Sequence[tuple[str, int]], start: int, tokens: int) -> str:

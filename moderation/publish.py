@@ -47,5 +47,5 @@ def read_card_facts(weights: Path) -> CardFacts:
 
 def _size_without_report(weights: Path) -> int:
     shown = {REPORT_FILE, CARD_FILE}
-    files = [path for path in weights.iterdir() if path.is_file()]
+    files = [path for path in weights.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files if path.name not in shown and path.suffix != ".png")

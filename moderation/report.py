@@ -133,7 +133,7 @@ class Report:
     presets: list[PresetReport] = field(default_factory=list)
     check_lists: list[CheckListReport] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    latency: Latency | None = None
+    latencies: list[Latency] = field(default_factory=list)
 
     def test(self, short_name: str) -> FileReport | None:
         return next((test for test in self.tests if test.short_name == short_name), None)

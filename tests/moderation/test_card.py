@@ -26,11 +26,13 @@ FACTS = CardFacts(
         "passage:classic_books/The Beetle 0": 15,
         "hidden:advbench 1": 5,
         "written_zh_harmful 1": 400,
-        "gsm8k_train 0": 270,
+        "gsm8k_train 0": 260,
+        "hidden:labelled:hh_harmless_base 1": 10,
     },
     removed_rows_known_from_validation_or_test={"a": 3, "b": 4},
-    stages=[StageFacts("words", "hashed n-grams"), StageFacts("encoder", "a small transformer")],
+    stages=[StageFacts("words", "hashed n-grams"), StageFacts("encoder", "a small transformer", 19_400_000)],
     trained_categories=["hate"],
+    rows_by_category={"hate": 4321, "violence": 5},
     weights_bytes=21_500_000,
 )
 HATECHECK = replace(
@@ -52,7 +54,7 @@ REPORT = Report(
     presets=[PresetReport("strict", "zh", 0.25, Share(2, 200), Share(30, 40))],
     check_lists=[CheckListReport("everyday.jsonl", 60, ["kill the lights"])],
     examples=[Example("false positive", "a | b\n*c*", "en", "cold", "none", 0.987)],
-    latency=Latency(64, 200, 3.25, 26.0),
+    latencies=[Latency("test files", 64, 200, 3.25, 66.0)],
 )
 
 
@@ -66,12 +68,13 @@ def card() -> str:
     [
         "--licences yes --seed 7` on 1,300 rows",
         "7 rows were left out",
-        "1. `words`: hashed n-grams.\n2. `encoder`: a small transformer.",
+        "1. `words`: hashed n-grams.\n2. `encoder`: a small transformer (19.4 MB).",
+        "Rows that have each category: hate 4,321.",
         "scores for hate;",
         "| first turns of sft/val.jsonl.gz refused, all rows | 0.9% (0.5% to 1.7%; 9 of 1,000) | ≤ 0.5% | **missed** |",
         "| test_hatecheck, AUROC | 0.700 | ≥ 0.780 | **missed** |",
         "| test_xstest, AUROC | 0.900 | ≥ 0.870 | met |",
-        "| one message of 64 tokens, one core, p99 | 26.0 ms | ≤ 25.0 ms | **missed** |",
+        "| one message of 64 tokens, test files, p99 | 66.0 ms | ≤ 60.0 ms | **missed** |",
         "| weights | 21.5 MB | ≤ 30.0 MB | met |",
         "| strict | zh | 0.2500 | 1.00% of 200 | 75.00% of 40 |",
         "1 of 60 judged wrongly: “kill the lights”",
@@ -119,7 +122,7 @@ def test_what_was_learnt_from_what_counts_every_row_once() -> None:
     assert ("own phrases, Chinese, harmful", 400, ["written_zh_harmful"]) in found
     assert ("harmful requests, English", 100, ["advbench"]) in found
     assert ("posts, Chinese, hateful or offensive", 300, ["cold"]) in found
-    assert ("harmful requests hidden in harmless passages", 5, ["advbench"]) in found
+    assert ("harmful requests hidden in harmless passages", 15, ["advbench", "hh_harmless_base"]) in found
 
 
 @pytest.mark.parametrize(

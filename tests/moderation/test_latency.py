@@ -33,8 +33,8 @@ def test_every_message_is_judged_by_itself_and_counted_once() -> None:
     seen: list[str] = []
     messages = ["a", "b", "c", "d"]
 
-    latency = measure_latency(seen.append, messages, tokens=1)
+    latency = measure_latency(seen.append, messages, "letters", tokens=1)
 
     assert seen == [*messages[:3], *messages]  # the first three also warm up
-    assert (latency.messages, latency.tokens) == (4, 1)
+    assert (latency.of, latency.messages, latency.tokens) == ("letters", 4, 1)
     assert 0.0 <= latency.p50_ms <= latency.p99_ms

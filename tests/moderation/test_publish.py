@@ -20,6 +20,8 @@ def weights(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "weights.safetensors").write_bytes(bytes(1000))
     (directory / "pr_curves.png").write_bytes(bytes(50))
+    (directory / "encoder").mkdir()
+    (directory / "encoder" / "weights.safetensors").write_bytes(bytes(3000))
     manifest = {"model": "words-1", "licences": "yes", "seed": 0, "rows": 2, "rows_by_source_and_label": {"cold 1": 2}}
     (directory / MANIFEST_FILE).write_text(json.dumps({**manifest, "options": {"unknown": 1}}))
     return directory
@@ -44,7 +46,7 @@ def test_report_may_be_written_elsewhere(weights: Path, tmp_path: Path) -> None:
 
 
 def test_size_of_the_weights_counts_neither_card_nor_plots(weights: Path) -> None:
-    expected = 1000 + (weights / MANIFEST_FILE).stat().st_size
+    expected = 1000 + 3000 + (weights / MANIFEST_FILE).stat().st_size
     write_report(REPORT, weights, weights)
 
     assert read_card_facts(weights).weights_bytes == expected
