@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from moderation.rows import (
     labelled_rows,
     read_licences,
     row_key,
+    self_labelled_rows,
     user_turns,
 )
 from moderation.written import expand_phrases, written_directory
@@ -40,6 +41,7 @@ __all__ = [
     "collect_corpus",
     "list_test_files",
     "training_pieces",
+    "vocabulary_texts",
 ]
 
 LicenceRule = Literal["yes", "all"]
@@ -90,6 +92,18 @@ def collect_corpus(data: Path, licences: LicenceRule, rows_per_line: int, passag
     return Corpus(rows + _hidden_in_passages(rows, rng), files, removed)
 
 
+def vocabulary_texts(data: Path, corpus: Corpus, licences: LicenceRule) -> Iterator[str]:
+    """The training rows, and whole answers and books: what the encoder's vocabulary is chosen by."""
+    allowed = read_licences(data)
+    yield from (row.text for row in corpus.rows)
+    for name in FIRST_TURN_FILES:
+        yield from (row.text for row in answers(data, name)[0] if _usable(row, allowed, licences))
+    for name in BOOK_FILES:
+        # A third of the English books has nearly all of their words.
+        rows = [row for row in documents(data, name)[0] if _usable(row, allowed, licences)]
+        yield from (row.text for row in (rows[::3] if rows and rows[0].lang == "en" else rows))
+
+
 def list_test_files(data: Path) -> list[str]:
     return [f"moderation/{path.name}" for path in sorted((data / "moderation").glob("test_*.jsonl.gz"))]
 
@@ -112,6 +126,7 @@ def _offered(data: Path, passages: int, rng: random.Random) -> list[tuple[list[R
     offered = [labelled_rows(data, TRAIN_FILE)]
     offered += [first_user_turns(data, name) for name in FIRST_TURN_FILES]
     offered.append(user_turns(data, PREFERENCE_FILE))
+    offered.append(self_labelled_rows(data, PREFERENCE_FILE))
     for name in FIRST_TURN_FILES:
         rows, file = answers(data, name)
         offered.append((_passages(rows, passages, rng), DataFile(f"{file.name} answers", file.sha256, file.rows)))
@@ -146,10 +161,10 @@ def _hidden_in_passages(rows: Sequence[Row], rng: random.Random) -> list[Row]:
             cut = rng.randrange(60 if lang == "en" else 20)
             text = f"{before[len(before) - cut :]} {row.text} {after}"
             window = split_windows(text, WindowOptions())[0]
-            hidden.append(Row(window, 1, lang, f"hidden:{row.source}"))
+            hidden.append(replace(row, text=window, source=f"hidden:{row.source}"))
     return hidden
 
 
 def _usable(row: Row, allowed: Licences, licences: LicenceRule) -> bool:
-    origin = row.source.removeprefix("passage:")
-    return origin not in MEANT_AS_HARMFUL and (licences == "all" or allowed.allow(origin))
+    is_unlabelled = row.source.removeprefix("passage:") in MEANT_AS_HARMFUL
+    return not is_unlabelled and (licences == "all" or allowed.allow(row.source.rpartition(":")[2]))

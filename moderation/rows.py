@@ -29,14 +29,17 @@ __all__ = [
     "documents",
     "drop_known",
     "first_user_turns",
+    "label_key",
     "labelled_rows",
     "read_licences",
     "row_key",
+    "self_labelled_rows",
     "user_turns",
 ]
 
 Decoded = TypeVar("Decoded")
 
+LABELS_FILE = "labels.jsonl"
 NOT_TEXT = re.compile(r"[\W_]+")
 
 
@@ -76,6 +79,12 @@ class _Labelled(msgspec.Struct):
     lang: str
     source: str
     category: str = "none"
+
+
+class _OwnLabel(msgspec.Struct):
+    key: str
+    label: int
+    category: str
 
 
 class _Message(msgspec.Struct):
@@ -149,6 +158,27 @@ def user_turns(data: Path, name: str) -> tuple[list[Row], DataFile]:
     return [Row(m.content, 0, c.lang, c.source) for c in conversations for m in c.turns if m.role == "user"], file
 
 
+def self_labelled_rows(data: Path, name: str) -> tuple[list[Row], DataFile]:
+    """First user turns that we labelled ourselves: `moderation/data/labels.jsonl` has a hash, a label and a category.
+
+    Their conversations carry no label of their own; the text stays in the data directory.
+    """
+    conversations, file = _conversations(data, name)
+    path = Path(__file__).parent / "data" / LABELS_FILE
+    labels = {label.key: label for label in _decode(path, _read_own(path), _OwnLabel)}
+    rows: list[Row] = []
+    for conversation in conversations:
+        text = conversation.turns[0].content
+        if label := labels.get(label_key(text)):
+            rows.append(Row(text, label.label, conversation.lang, f"labelled:{conversation.source}", label.category))
+    return rows, DataFile(f"{file.name} labelled", file.sha256, file.rows)
+
+
+def label_key(text: str) -> str:
+    """What `labels.jsonl` knows a text by."""
+    return hashlib.sha256(row_key(text).encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def answers(data: Path, name: str) -> tuple[list[Row], DataFile]:
     """Last assistant turns of a file of `sft/`, assumed harmless."""
     conversations, file = _conversations(data, name)
@@ -171,11 +201,14 @@ def documents(data: Path, name: str) -> tuple[list[Row], DataFile]:
 def check_list(name: str) -> list[Row]:
     """One of our own lists in `moderation/data/`: sentences that must pass, or that must not."""
     path = Path(__file__).parent / "data" / name
+    return [Row(r.text, r.label, r.lang, r.source, r.category) for r in _decode(path, _read_own(path), _Labelled)]
+
+
+def _read_own(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ModerationError(f"{path} cannot be read ({error.strerror}); it is part of the source tree") from None
-    return [Row(r.text, r.label, r.lang, r.source, r.category) for r in _decode(path, content, _Labelled)]
 
 
 def _conversations(data: Path, name: str) -> tuple[list[_Conversation], DataFile]:

@@ -59,7 +59,7 @@ def category_of(row: Row) -> str | None:
     """One of OUTPUTS besides the first, or None where the source does not say."""
     if row.label == 0:
         return None
-    if row.category in OUTPUTS:
+    if row.category in OUTPUTS[1:]:
         return row.category
     return OF_SOURCE.get(row.source.removeprefix("hidden:")) or OF_NAME.get(row.category)
 

@@ -45,8 +45,15 @@ from quant.progress import ProgressSink
 __all__ = ["EncoderOptions", "TrainedEncoder", "draw_epoch", "masked_loss", "pack_network", "train_encoder"]
 
 # Large sources of one kind are drawn from anew each epoch; small sources of harmful requests are shown more often.
-MOST_ROWS = {"gsm8k_train": 900, "sgd_dialogue": 1500, "t0_p3_part": 2000, "hh_helpful": 2500}
-REPEATED = {"advbench": 2, "harmbench": 3, "strongreject": 3, "dangerousqa": 3}
+MOST_ROWS = {"gsm8k_train": 900, "sgd_dialogue": 1500, "t0_p3_part": 2000, "hh_helpful": 2500, "harmfulqa": 900}
+REPEATED = {
+    "advbench": 2,
+    "harmbench": 3,
+    "strongreject": 3,
+    "dangerousqa": 3,
+    "labelled:hh_harmless_base": 3,
+    "cold": 2,
+}
 PADDING = 1
 # Batches are made of rows of like length out of this many batches' worth.
 SORTED_TOGETHER = 40
@@ -60,7 +67,7 @@ class EncoderOptions:
     positions: int = 128
     least_uses: int = 8
     max_tokens: int = 96
-    steps: int = 4000
+    steps: int = 3600
     batch: int = 32
     learning_rate: float = 1e-4
     head_factor: float = 5.0

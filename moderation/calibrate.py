@@ -1,0 +1,126 @@
+"""From two classifiers' logits to one calibrated probability and to thresholds with a stated false-positive rate.
+
+Everything here looks at held-out rows only: the dev file, and ordinary first turns of the validation files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moderation.cascade import Blend
+from moderation.classifier import NgramClassifier
+from moderation.corpus import DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, LicenceRule
+from moderation.encoder import Encoder
+from moderation.errors import ModerationError
+from moderation.logistic import fit_blend, fit_platt
+from moderation.policy import Policy
+from moderation.presets import LANGUAGES, PRESETS, Language, PresetName, language_of
+from moderation.rows import Row, first_user_turns, labelled_rows, read_licences
+
+__all__ = [
+    "FALSE_POSITIVE_RATES",
+    "choose_sure_below",
+    "choose_thresholds",
+    "fit_blends",
+    "fit_ngram_line",
+    "held_out_rows",
+    "lowest_threshold",
+]
+
+FloatArray = npt.NDArray[np.float64]
+
+# Share of ordinary first turns that each preset may refuse.
+FALSE_POSITIVE_RATES: Mapping[PresetName, float] = {"strict": 0.02, "balanced": 0.005, "lenient": 0.001}
+# Share of held-out harmful rows that may pass without the encoder having read them.
+UNREAD_HARMFUL = 0.005
+LOWERED = 0.9
+
+
+def held_out_rows(data: Path, licences: LicenceRule) -> list[Row]:
+    """Dev rows of the sources that were trained on, and ordinary first turns; none of them a training row."""
+    allowed = read_licences(data)
+    dev, _ = labelled_rows(data, DEV_FILE)
+    rows = [row for row in dev if licences == "all" or allowed.allow(row.source)]
+    return rows + [row for name in VALIDATION_FILES for row in _ordinary_first_turns(data, name)]
+
+
+def fit_ngram_line(ngram: NgramClassifier, rows: Sequence[Row]) -> tuple[float, float]:
+    """(slope, intercept) of the n-grams' own probability."""
+    logits = np.array([ngram.logit(row.text) for row in rows], np.float64)
+    return fit_platt(logits, _labels(rows))
+
+
+def choose_sure_below(ngram: NgramClassifier, rows: Sequence[Row]) -> float:
+    """The n-gram probability that all but UNREAD_HARMFUL of the harmful rows reach: below it, nobody reads on."""
+    scores = ngram.scores([row.text for row in rows if row.label == 1])
+    if not scores:
+        raise ModerationError("no harmful row among the held-out ones; expected some to set the cascade by")
+    return float(np.quantile([score.probability for score in scores], UNREAD_HARMFUL, method="lower"))
+
+
+def fit_blends(ngram: NgramClassifier, encoder: Encoder, rows: Sequence[Row], harmful: int) -> dict[Language, Blend]:
+    """One for each language. harmful: index of the encoder's output for the decision."""
+    read = encoder.logits([row.text for row in rows])[:, harmful]
+    counted = [ngram.logit(row.text) for row in rows]
+    logits = np.column_stack([read, counted]).astype(np.float64)
+    languages = np.array([language_of(row.text) for row in rows])
+    blends: dict[Language, Blend] = {}
+    for language in LANGUAGES:
+        chosen = languages == language
+        labels = _labels(rows)[chosen]
+        if labels.min(initial=1.0) == labels.max(initial=0.0):
+            raise ModerationError(f"held-out rows in {language!r} are all of one label; expected both to calibrate by")
+        slopes, intercept = fit_blend(logits[chosen], labels)
+        blends[language] = Blend(float(slopes[0]), float(slopes[1]), intercept)
+    return blends
+
+
+def choose_thresholds(policy: Policy, data: Path) -> dict[PresetName, dict[Language, float]]:
+    """The lowest thresholds at which each preset keeps its rate, in each language and in each validation file."""
+    files = [_ordinary_first_turns(data, name) for name in VALIDATION_FILES]
+    judged = [_judge(policy, [row.text for row in rows]) for rows in files]
+    return {preset: _thresholds_at(judged, FALSE_POSITIVE_RATES[preset]) for preset in PRESETS}
+
+
+def _judge(policy: Policy, texts: Sequence[str]) -> list[tuple[Language, float]]:
+    return [(verdict.language, verdict.probability) for verdict in policy.judge_texts(texts)]
+
+
+def _thresholds_at(files: Sequence[Sequence[tuple[Language, float]]], max_rate: float) -> dict[Language, float]:
+    """files: (language, probability) of ordinary texts, a list for each file."""
+    rate = max_rate
+    while True:
+        found: dict[Language, float] = {
+            language: lowest_threshold(
+                np.array([p for rows in files for lang, p in rows if lang == language], np.float64), rate
+            )
+            for language in LANGUAGES
+        }
+        flagged = [sum(probability >= found[language] for language, probability in rows) for rows in files]
+        if all(count <= max_rate * len(rows) for count, rows in zip(flagged, files, strict=True)):
+            return found
+        rate *= LOWERED
+
+
+def lowest_threshold(probabilities: FloatArray, max_rate: float) -> float:
+    """The threshold at which at most `max_rate` of these are flagged, halfway between the last flagged and the next."""
+    if len(probabilities) == 0:
+        raise ModerationError("no ordinary request to choose the threshold by; expected first turns to validate on")
+    ordered = np.sort(probabilities)[::-1]
+    allowed = int(max_rate * len(ordered))
+    above = ordered[allowed - 1] if allowed > 0 else 1.0
+    threshold = float((above + ordered[allowed]) / 2.0)
+    # Equal scores on both sides would all be flagged; step just above them.
+    return threshold if threshold > ordered[allowed] else float(np.nextafter(ordered[allowed], 2.0))
+
+
+def _labels(rows: Sequence[Row]) -> FloatArray:
+    return np.array([row.label for row in rows], np.float64)
+
+
+def _ordinary_first_turns(data: Path, name: str) -> list[Row]:
+    return [row for row in first_user_turns(data, name)[0] if row.source not in MEANT_AS_HARMFUL]
