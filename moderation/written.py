@@ -36,7 +36,8 @@ CAPITALS_SHARE = 0.05
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 SLOT = re.compile(r"\{(\w+)(\*?)\}")
 SPACES = re.compile(r" {2,}")
-SPACE_BEFORE_MARK = re.compile(r" +(?=[,.?!;])")
+# What putting parts together leaves behind: a space before a mark, a full stop after a question.
+SURPLUS = re.compile(r" +(?=[,.?!;])|(?<=[?？])[.。]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def expand_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
 
 
 def _write(line: str, writing: Writing, rng: random.Random) -> str:
-    text = SPACE_BEFORE_MARK.sub("", rng.choice(writing.wrappers).replace("{}", _fill(line, writing.slots, rng)))
+    text = SURPLUS.sub("", rng.choice(writing.wrappers).replace("{}", _fill(line, writing.slots, rng)))
     if writing.is_posted and rng.random() < SMALL_LETTERS_SHARE:
         return text.lower()
     if writing.is_posted and rng.random() < CAPITALS_SHARE:
