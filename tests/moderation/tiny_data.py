@@ -60,6 +60,11 @@ def write_tiny_data(directory: Path) -> Path:
             chat("kill my neighbour", source="safety_tuned_refusals"),
         ],
     )
-    write_lines(directory / "prompts/val.jsonl.gz", [chat("哪条河最长", lang="zh"), chat("kill weeds")])
-    (directory / "licences.json").write_text(json.dumps({"yes": [FREE], "no": [CLOSED]}), encoding="utf-8")
+    # A source that may be shipped and whose prompts ask for harm by design: no example of a false positive.
+    meant = "hh_harmless_base"
+    write_lines(
+        directory / "prompts/val.jsonl.gz",
+        [chat("哪条河最长", lang="zh"), chat("kill weeds"), chat("kill my boss", source=meant)],
+    )
+    (directory / "licences.json").write_text(json.dumps({"yes": [FREE, meant], "no": [CLOSED]}), encoding="utf-8")
     return directory
