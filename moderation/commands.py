@@ -39,10 +39,11 @@ Test files are only reported on. Needs the extra `train`."""
 TRAIN_EXAMPLES = """\
 examples:
   causerie train moderation --data ./data --out ./my-weights
-  CAUSERIE_DATA=./data causerie train moderation --out ./my-weights --licences all
+  CAUSERIE_DATA=./data causerie train moderation --out ./my-weights --licences all --ngrams-only
 
-DIR holds moderation/, sft/, prompts/, preference/, pretrain/ and licences.json. Takes about three minutes on one core
-and needs the extra `train`. OUT/README.md says how good the result is."""
+DIR holds moderation/, sft/, prompts/, preference/, pretrain/ and licences.json. Needs the extra `train`; the encoder
+takes hours on a small machine and goes on where it was interrupted, --ngrams-only takes minutes. Weights that fall by
+more than a point on a test file do not replace others. OUT/README.md says how good the result is."""
 
 
 def moderate(argv: Sequence[str]) -> int:
@@ -87,11 +88,23 @@ def train_moderation(argv: Sequence[str]) -> int:
     arguments = _parse_train(argv)
 
     from moderation.classifier import shipped_weights
+    from moderation.plots import check_plots_possible
     from moderation.train import TrainOptions, train_moderation
+    from moderation.train_encoder import EncoderOptions
 
     data = arguments.data or _data_from_environment()
     out = arguments.out or shipped_weights()
-    options = TrainOptions(data=data, out=out, licences=arguments.licences, seed=arguments.seed)
+    options = TrainOptions(
+        data=data,
+        out=out,
+        licences=arguments.licences,
+        seed=arguments.seed,
+        encoder=None if arguments.ngrams_only else EncoderOptions(seed=arguments.seed),
+        trunk=arguments.trunk,
+        checkpoint=arguments.checkpoint,
+        accept_falls=arguments.accept_falls,
+    )
+    check_plots_possible()
     with _progress() as progress:
         found = train_moderation(options, progress)
     print(_summary(found, f"wrote {out}"))
@@ -133,7 +146,7 @@ def _parse_report(argv: Sequence[str]) -> argparse.Namespace:
 def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="causerie train moderation",
-        description="Train the n-gram moderation classifier and report on every test file.",
+        description="Train the moderation classifier, n-grams and encoder, and report on every test file.",
         epilog=TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -146,6 +159,14 @@ def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
         help="yes: only sources whose weights may be shipped (default); all: for experiments, said in the manifest",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same weights (0)")
+    parser.add_argument("--ngrams-only", action="store_true", help="leave the encoder out")
+    parser.add_argument(
+        "--trunk", type=Path, metavar="FILE", help="pretrained weights of the encoder, not the package's"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="where the encoder's training is kept")
+    parser.add_argument(
+        "--accept-falls", action="store_true", help="replace weights even if a test file falls by more than a point"
+    )
     return parser.parse_args(argv)
 
 

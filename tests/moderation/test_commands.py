@@ -11,6 +11,9 @@ from moderation.commands import moderate, report, train_moderation
 from moderation.errors import ModerationError
 from moderation.policy import load_policy
 from moderation.presets import PRESETS, PresetName
+from moderation.report import Report
+from moderation.train import TrainOptions
+from quant.progress import ProgressSink
 from tests.moderation.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.unit
@@ -143,3 +146,26 @@ def test_report_without_data_says_how_to_name_it(monkeypatch: pytest.MonkeyPatch
         report([])
     with pytest.raises(ModerationError, match="cannot be read"):
         report(["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+
+
+def test_training_options_reach_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[TrainOptions] = []
+
+    def note(options: TrainOptions, progress: ProgressSink) -> Report:
+        asked.append(options)
+        return Report("words-1", [], [], 0.4)
+
+    monkeypatch.setattr("moderation.train.train_moderation", note)
+    place = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    train_moderation(place)
+    files = ["--trunk", str(tmp_path / "trunk.bin"), "--checkpoint", str(tmp_path / "kept")]
+    train_moderation([*place, "--seed", "3", "--accept-falls", *files])
+    train_moderation([*place, "--ngrams-only", "--licences", "all"])
+
+    plain, full, ngrams = asked
+    assert (plain.accept_falls, plain.trunk, plain.checkpoint, plain.licences) == (False, None, None, "yes")
+    assert plain.encoder is not None
+    assert full.encoder is not None
+    assert (full.accept_falls, full.seed, full.encoder.seed) == (True, 3, 3)
+    assert (full.trunk, full.checkpoint) == (tmp_path / "trunk.bin", tmp_path / "kept")
+    assert (ngrams.encoder, ngrams.licences) == (None, "all")
