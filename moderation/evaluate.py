@@ -6,42 +6,21 @@ Test files are reported on only; no example is ever taken from one.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from moderation.corpus import CHECK_LISTS, DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, list_test_files
+from moderation.examples import worst_examples
+from moderation.file_figures import Judged, file_report
 from moderation.latency import Latency, measure_latency, messages_of_length
-from moderation.metrics import (
-    FlagArray,
-    FloatArray,
-    LabelArray,
-    Measures,
-    Share,
-    area_under_precision_recall,
-    area_under_roc,
-    measure_flags,
-    precision_recall_points,
-    recall_at_false_positive_rate,
-    reliability_bins,
-)
+from moderation.metrics import FlagArray, Share
 from moderation.policy import Policy, Turn, Verdict
 from moderation.presets import LANGUAGES, PRESETS
-from moderation.report import (
-    CategoryMeasures,
-    CheckListReport,
-    Example,
-    ExampleKind,
-    FileReport,
-    OrdinaryReport,
-    PresetReport,
-    Report,
-)
+from moderation.report import CheckListReport, OrdinaryReport, PresetReport, Report
 from moderation.rows import (
     DataFile,
     Licences,
@@ -54,38 +33,12 @@ from moderation.rows import (
 )
 from quant.progress import ProgressSink
 
-__all__ = ["Judged", "evaluate_policy", "refused_conversations"]
+__all__ = ["evaluate_policy", "refused_conversations"]
 
 # Harmful requests in both languages that no training source is related to.
 REQUESTS_FILE = "moderation/test_user_prompts_crossdomain.jsonl.gz"
-LENGTH_BUCKETS = (("under 50", 50), ("50 to 199", 200), ("200 to 999", 1000), ("1000 and more", None))
-CATEGORY_SEPARATOR = re.compile(r",(?! )")
 CHUNK_ROWS = 256
-MIN_CATEGORY_ROWS = 5
-MAX_EXAMPLES = 20
-MAX_EXAMPLE_CHARS = 120
 LATENCY_TOKENS, LATENCY_MESSAGES = 64, 200
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """Rows with the verdict on each, in the file's order."""
-
-    file: DataFile
-    rows: list[Row]
-    verdicts: list[Verdict]
-
-    @property
-    def labels(self) -> LabelArray:
-        return np.array([row.label for row in self.rows], np.int64)
-
-    @property
-    def probabilities(self) -> FloatArray:
-        return np.array([verdict.probability for verdict in self.verdicts], np.float64)
-
-    @property
-    def flagged(self) -> FlagArray:
-        return np.array([verdict.flagged for verdict in self.verdicts], np.bool_)
 
 
 class _Judge:
@@ -140,16 +93,16 @@ def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Repor
     names = _trained_names(policy)
     return Report(
         model=policy.model_id,
-        tests=[_file_report(judged, names) for judged in tests],
+        tests=[file_report(judged, names) for judged in tests],
         ordinary=[
             _ordinary_report(judge, judged, chats)
             for judged, (_, _, chats) in zip(ordinary, material.ordinary, strict=True)
         ],
         milliseconds_per_message=round(1000.0 * spent_s / max(1, sum(len(one.rows) for one in tests)), 3),
-        dev=_file_report(dev, names),
+        dev=file_report(dev, names),
         presets=_preset_reports(policy, ordinary, [one for one in tests if one.file.name == REQUESTS_FILE]),
         check_lists=[_check_list_report(judge.rows(file, rows)) for file, rows in material.check_lists],
-        examples=_examples(dev, ordinary, material.licences),
+        examples=worst_examples(dev, ordinary, material.licences),
         latencies=[
             _latency(policy, "ordinary first turns", [rows for _, rows, _ in material.ordinary]),
             _latency(policy, "test files", [rows for _, rows in material.tests]),
@@ -190,64 +143,6 @@ def _trained_names(policy: Policy) -> list[str]:
     return [*(category.value for category in policy.trained_categories), *policy.trained_extensions]
 
 
-def _file_report(judged: Judged, trained: Sequence[str]) -> FileReport:
-    labels, probabilities = judged.labels, judged.probabilities
-    return FileReport(
-        name=judged.file.name,
-        sha256=judged.file.sha256,
-        overall=measure_flags(labels, probabilities, judged.flagged),
-        by_language=_measure_groups(judged, lambda row: [row.lang]),
-        by_category=_measure_groups(judged, _categories),
-        by_source=_measure_groups(judged, lambda row: [row.source]),
-        by_length=_measure_groups(judged, lambda row: [_length_bucket(row.text)], [name for name, _ in LENGTH_BUCKETS]),
-        curve=precision_recall_points(labels, probabilities),
-        reliability=reliability_bins(labels, probabilities),
-        recall_at_1_percent=recall_at_false_positive_rate(labels, probabilities, 0.01),
-        category_scores=_category_measures(judged, trained),
-    )
-
-
-def _measure_groups(
-    judged: Judged, groups_of: Callable[[Row], Sequence[str]], order: Sequence[str] | None = None
-) -> dict[str, Measures]:
-    """Measures of each group, sorted or in `order`; empty if there is only one."""
-    members: dict[str, list[int]] = {}
-    for i, row in enumerate(judged.rows):
-        for group in groups_of(row):
-            members.setdefault(group, []).append(i)
-    if len(members) < 2:
-        return {}
-    labels, probabilities, flagged = judged.labels, judged.probabilities, judged.flagged
-    names = sorted(members) if order is None else [name for name in order if name in members]
-    chosen = {name: np.array(members[name]) for name in names}
-    return {name: measure_flags(labels[i], probabilities[i], flagged[i]) for name, i in chosen.items()}
-
-
-def _categories(row: Row) -> list[str]:
-    # "hate,violence" is two categories; "Suicide, Self-Harm, and Eating Disorders" is the name of one.
-    return CATEGORY_SEPARATOR.split(row.category)
-
-
-def _length_bucket(text: str) -> str:
-    return next(name for name, end in LENGTH_BUCKETS if end is None or len(text) < end)
-
-
-def _category_measures(judged: Judged, trained: Sequence[str]) -> dict[str, CategoryMeasures]:
-    """Of the trained categories that the file itself labels; one of few rows says nothing and is left out."""
-    found: dict[str, CategoryMeasures] = {}
-    for name in trained:
-        labels = np.array([name in _categories(row) for row in judged.rows], np.int64)
-        if MIN_CATEGORY_ROWS <= labels.sum() < len(labels):
-            scores = np.array([_score(verdict, name) for verdict in judged.verdicts], np.float64)
-            areas = area_under_roc(labels, scores), area_under_precision_recall(labels, scores)
-            found[name] = CategoryMeasures(int(labels.sum()), *areas)
-    return found
-
-
-def _score(verdict: Verdict, name: str) -> float:
-    return verdict.category_scores[name] if name in verdict.category_scores else verdict.extension_scores[name]
-
-
 def _ordinary_report(judge: _Judge, judged: Judged, chats: Sequence[Sequence[Turn]]) -> OrdinaryReport:
     """`judged` holds the first turns; each later user turn of the ordinary ones is judged in its context."""
     is_ordinary = np.array([row.source not in MEANT_AS_HARMFUL for row in judged.rows], np.bool_)
@@ -282,8 +177,8 @@ def _shares(judged: Judged, is_counted: FlagArray, group_of: Callable[[Row], str
 
 def _preset_reports(policy: Policy, ordinary: Sequence[Judged], requests: Sequence[Judged]) -> list[PresetReport]:
     """From the probabilities alone: a preset moves the threshold, not what was said of a text."""
-    harmless = [pair for judged in ordinary for pair in _pairs(judged) if pair[0].source not in MEANT_AS_HARMFUL]
-    harmful = [pair for judged in requests for pair in _pairs(judged) if pair[0].label == 1]
+    harmless = [pair for judged in ordinary for pair in judged.pairs if pair[0].source not in MEANT_AS_HARMFUL]
+    harmful = [pair for judged in requests for pair in judged.pairs if pair[0].label == 1]
     return [
         PresetReport(
             preset=preset,
@@ -298,10 +193,6 @@ def _preset_reports(policy: Policy, ordinary: Sequence[Judged], requests: Sequen
     ]
 
 
-def _pairs(judged: Judged) -> list[tuple[Row, Verdict]]:
-    return list(zip(judged.rows, judged.verdicts, strict=True))
-
-
 def _share_above(pairs: Sequence[tuple[Row, Verdict]], language: str, threshold: float) -> Share:
     # By the language that the policy took the threshold by, not the row's.
     chosen = [verdict.probability for _, verdict in pairs if verdict.language == language]
@@ -309,39 +200,8 @@ def _share_above(pairs: Sequence[tuple[Row, Verdict]], language: str, threshold:
 
 
 def _check_list_report(judged: Judged) -> CheckListReport:
-    wrong = [row.text for row, verdict in _pairs(judged) if verdict.flagged != (row.label == 1)]
+    wrong = [row.text for row, verdict in judged.pairs if verdict.flagged != (row.label == 1)]
     return CheckListReport(judged.file.name, len(judged.rows), wrong)
-
-
-def _examples(dev: Judged, ordinary: Sequence[Judged], licences: Licences) -> list[Example]:
-    """The worst mistakes on rows that may be shipped, half of each kind, sources in turns."""
-    harmless = [pair for judged in (dev, *ordinary) for pair in _pairs(judged) if pair[0].label == 0]
-    false_positives = [pair for pair in harmless if pair[1].flagged and pair[0].source not in MEANT_AS_HARMFUL]
-    false_negatives = [pair for pair in _pairs(dev) if pair[0].label == 1 and not pair[1].flagged]
-    false_positives.sort(key=lambda pair: -pair[1].probability)
-    false_negatives.sort(key=lambda pair: pair[1].probability)
-    kinds: tuple[tuple[ExampleKind, list[tuple[Row, Verdict]]], ...] = (
-        ("false positive", false_positives),
-        ("false negative", false_negatives),
-    )
-    return [
-        Example(kind, _cut(row.text), row.lang, row.source, row.category, verdict.probability)
-        for kind, pairs in kinds
-        for row, verdict in _sources_in_turns(pairs, licences)[: MAX_EXAMPLES // 2]
-    ]
-
-
-def _sources_in_turns(pairs: Sequence[tuple[Row, Verdict]], licences: Licences) -> list[tuple[Row, Verdict]]:
-    """First the worst of every source, then the second worst: one source alone would show one way to fail."""
-    by_source: dict[str, list[tuple[Row, Verdict]]] = {}
-    for pair in pairs:
-        if licences.allow(pair[0].source):
-            by_source.setdefault(pair[0].source, []).append(pair)
-    return [pair for pair in chain.from_iterable(zip_longest(*by_source.values())) if pair is not None]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[: MAX_EXAMPLE_CHARS - 1]}…"
 
 
 def _latency(policy: Policy, of: str, files: Sequence[Sequence[Row]]) -> Latency:
