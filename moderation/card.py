@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import msgspec
 
 from moderation.card_tables import (
     category_table,
@@ -26,10 +23,7 @@ from moderation.corpus import MEANT_AS_HARMFUL
 from moderation.goals import Figure, headline_figures
 from moderation.report import FileReport, Report
 
-if TYPE_CHECKING:
-    from moderation.train import WeightsManifest
-
-__all__ = ["PICTURES", "CardFacts", "StageFacts", "card_facts", "render_card"]
+__all__ = ["PICTURES", "CardFacts", "StageFacts", "render_card"]
 
 TEXT = """\
 # {model}
@@ -152,13 +146,8 @@ class CardFacts:
     weights_bytes: int | None = None
 
 
-def card_facts(manifest: WeightsManifest) -> CardFacts:
-    return msgspec.convert(manifest, CardFacts, from_attributes=True)
-
-
-def render_card(facts: CardFacts | WeightsManifest, report: Report, pictures: Sequence[str] = ()) -> str:
+def render_card(facts: CardFacts, report: Report, pictures: Sequence[str] = ()) -> str:
     """pictures: names of the PNGs that lie beside the card."""
-    facts = facts if isinstance(facts, CardFacts) else card_facts(facts)
     figures = headline_figures(report, facts.weights_bytes, is_cascade=len(facts.stages) > 1)
     files = [test for test in (report.dev, *report.tests) if test is not None]
     return TEXT.format(
