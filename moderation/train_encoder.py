@@ -135,7 +135,7 @@ def _start(trunk_file: Path, texts: Iterable[str], options: EncoderOptions) -> t
     kept = choose_pieces(trunk, texts, options.least_uses)
     shape = replace(trunk.shape, vocab=len(kept))
     network = Network(shape, len(OUTPUTS), options.dropout)
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in trunk.tensors.items()}
+    tensors = {name: torch.tensor(values) for name, values in trunk.tensors.items()}
     tensors["words.weight"] = tensors["words.weight"][torch.tensor(kept)]
     missing = network.load_state_dict(tensors, strict=False).missing_keys
     assert set(missing) == {"pool.weight", "pool.bias", "head.weight", "head.bias"}, missing
