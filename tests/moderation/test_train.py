@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moderation.classifier import NgramClassifier
-from moderation.corpus import Corpus, LicenceRule, collect_corpus, list_test_files, training_pieces
+from moderation.calibrate import lowest_threshold
+from moderation.cascade import load_classifier
+from moderation.corpus import Corpus, LicenceRule, collect_corpus, list_test_files, training_pieces, vocabulary_texts
 from moderation.errors import ModerationError
 from moderation.features import FeatureOptions
 from moderation.policy import WindowOptions
 from moderation.rows import Row, labelled_rows, row_key
-from moderation.train import MANIFEST_FILE, TrainOptions, lowest_threshold, train_moderation
+from moderation.train import MANIFEST_FILE, NgramOptions, TrainOptions, reported_outputs, train_moderation
+from moderation.train_encoder import EncoderOptions
 from quant.progress import SilentProgress
+from tests.moderation.fake_trunk import write_trunk
 from tests.moderation.test_rows import write_lines
 
 pytestmark = pytest.mark.unit
@@ -23,8 +27,8 @@ KNOWN_FROM_TEST = "This row stands in a test file"
 KNOWN_FROM_VALIDATION = "What is the capital of France?"
 
 
-def labelled(text: str, label: int, source: str = FREE) -> object:
-    return {"text": text, "label": label, "lang": "en", "source": source, "category": ""}
+def labelled(text: str, label: int, source: str = FREE, category: str = "none") -> object:
+    return {"text": text, "label": label, "lang": "en", "source": source, "category": category}
 
 
 def chat(text: str, source: str = FREE) -> object:
@@ -41,15 +45,22 @@ def data(tmp_path: Path) -> Path:
     rows = [labelled(t, 0) for t in good] + [labelled(t, 1) for t in bad]
     extra = [labelled("of closed licence", 1, CLOSED), labelled(f"{KNOWN_FROM_TEST}!", 1)]
     write_lines(directory / "moderation/train.jsonl.gz", [*rows, *extra])
-    write_lines(
-        directory / "moderation/dev.jsonl.gz", [labelled("murder them", 1), labelled("plants like water", 0)] * 5
-    )
+    dev = [
+        labelled("murder them", 1),
+        labelled("plants like water", 0),
+        labelled("杀了他们", 1),
+        labelled("给花浇水", 0),
+    ]
+    write_lines(directory / "moderation/dev.jsonl.gz", dev * 5)
     write_lines(directory / "moderation/test_a.jsonl.gz", [labelled(KNOWN_FROM_TEST, 1), labelled("a quiet day", 0)])
     for name in ("train_en", "train_zh"):
         chats = [chat(f"{name} request {i}") for i in range(5)]
         closed = [chat("closed chat", CLOSED), chat("ask for harm", "safety_tuned_refusals")]
         write_lines(directory / f"sft/{name}.jsonl.gz", [*chats, *closed, chat(KNOWN_FROM_VALIDATION.upper())])
-    write_lines(directory / "sft/val.jsonl.gz", [chat(KNOWN_FROM_VALIDATION), chat("How tall is that tree?")])
+    write_lines(
+        directory / "sft/val.jsonl.gz",
+        [chat(KNOWN_FROM_VALIDATION), chat("How tall is that tree?"), chat("今天天气怎么样？")],
+    )
     write_lines(directory / "prompts/val.jsonl.gz", [chat("Name three rivers"), chat("harm", "safety_tuned_refusals")])
     write_lines(directory / "preference/train.jsonl.gz", [chat("which tea is best")])
     for name in ("en_00", "zh_00"):
@@ -65,8 +76,16 @@ def collect(data: Path, licences: LicenceRule = "yes") -> Corpus:
 
 
 def tiny(data: Path, out: Path, seed: int = 0) -> TrainOptions:
-    features = FeatureOptions(bucket_bits=12)
-    return TrainOptions(data, out, seed=seed, rows_per_line=1, passages=3, iterations=5, features=features)
+    return TrainOptions(
+        data,
+        out,
+        seed=seed,
+        rows_per_line=1,
+        passages=3,
+        ngram=NgramOptions(iterations=5, features=FeatureOptions(bucket_bits=12)),
+        encoder=EncoderOptions(layers=1, positions=140, max_tokens=24, steps=2, batch=8, seed=seed),
+        trunk=write_trunk(out.with_name(f"{out.name}-trunk.bin")),
+    )
 
 
 def test_only_allowed_sources_are_used_unless_all_are_asked_for(data: Path) -> None:
@@ -110,7 +129,7 @@ def test_training_twice_from_one_seed_gives_the_same_bytes(data: Path, tmp_path:
     train_moderation(tiny(data, first), SilentProgress())
     train_moderation(tiny(data, second), SilentProgress())
 
-    for name in ("weights.safetensors", "config.json", MANIFEST_FILE):
+    for name in ("ngram/weights.safetensors", "encoder/weights.safetensors", "config.json", MANIFEST_FILE):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
@@ -118,7 +137,7 @@ def test_another_seed_gives_other_weights(data: Path, tmp_path: Path) -> None:
     train_moderation(tiny(data, tmp_path / "a", seed=0), SilentProgress())
     train_moderation(tiny(data, tmp_path / "b", seed=1), SilentProgress())
 
-    assert NgramClassifier.load(tmp_path / "a").config != NgramClassifier.load(tmp_path / "b").config
+    assert (tmp_path / "a/ngram/config.json").read_bytes() != (tmp_path / "b/ngram/config.json").read_bytes()
 
 
 def test_manifest_holds_hashes_counts_and_seed_and_no_path(data: Path, tmp_path: Path) -> None:
@@ -136,7 +155,36 @@ def test_the_report_has_every_test_file_and_both_validation_files(data: Path, tm
     report = train_moderation(tiny(data, tmp_path / "out"), SilentProgress())
 
     assert [test.name for test in report.tests] == ["moderation/test_a.jsonl.gz"]
-    assert [(o.rows, o.ordinary, o.meant_as_harmful) for o in report.ordinary] == [(2, 2, 0), (2, 1, 1)]
+    assert [(o.rows, o.ordinary, o.meant_as_harmful) for o in report.ordinary] == [(3, 3, 0), (2, 1, 1)]
+
+
+def test_what_was_trained_is_a_cascade_that_serves(data: Path, tmp_path: Path) -> None:
+    train_moderation(tiny(data, tmp_path / "out"), SilentProgress())
+
+    classifier = load_classifier(tmp_path / "out")
+
+    assert classifier.name == "causerie-moderation"
+    assert len(classifier.scores(["please water the plant", "你好"])) == 2
+    assert classifier.threshold("strict", "en") <= classifier.threshold("lenient", "en")
+
+
+def test_ngrams_alone_can_be_trained(data: Path, tmp_path: Path) -> None:
+    train_moderation(replace(tiny(data, tmp_path / "out"), encoder=None), SilentProgress())
+
+    assert load_classifier(tmp_path / "out").name == "causerie-moderation-ngram"
+
+
+def test_a_category_needs_two_hundred_rows() -> None:
+    assert reported_outputs({"hate": 200, "sexual": 199, "jailbreak": 4000}) == ("hate", "jailbreak")
+
+
+def test_the_vocabulary_is_chosen_by_rows_answers_and_books(data: Path) -> None:
+    texts = list(vocabulary_texts(data, collect(data), "yes"))
+
+    assert "please water the plant number 3" in texts
+    assert any(text.startswith("An answer to that.") for text in texts)
+    assert any(text.startswith("Once upon a time.") for text in texts)
+    assert not any("closed chat" in text for text in texts)
 
 
 @pytest.mark.parametrize(("max_rate", "num_flagged"), [(0.0, 0), (0.1, 1), (0.25, 2), (0.3, 3)])
