@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from moderation.categories import Category
 from serving.errors import ConfigError
 from serving.log import LogFormat
-from serving.setting_values import boolean, choice, integer, member, names, number, optional, path, size, text
+from serving.setting_values import (
+    boolean,
+    choice,
+    integer,
+    member,
+    names,
+    number,
+    numbers_by_name,
+    optional,
+    path,
+    size,
+    text,
+)
 
 __all__ = [
     "DEFAULT_ORIGIN",
     "ConfigError",
+    "DirectionConfig",
     "LimitsConfig",
     "LoadedConfig",
     "ModerationConfig",
@@ -42,6 +57,11 @@ _OTHER_VARIABLES = (
 )
 
 OnFlagged: TypeAlias = Literal["error", "refuse"]
+Mode: TypeAlias = Literal["off", "log", "block"]
+Preset: TypeAlias = Literal["strict", "balanced", "lenient", "none"]
+Fail: TypeAlias = Literal["closed", "open"]
+# What may have a threshold of its own: OpenAI's categories, and what the classifier knows besides.
+_SCORED_NAMES = (*(category.value for category in Category), "jailbreak")
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
 
@@ -70,18 +90,59 @@ class _Checked:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectionConfig(_Checked):
+    """`[moderation.input]` and `[moderation.output]`."""
+
+    mode: Mode = field(
+        default="block",
+        metadata=_about(
+            choice("off", "log", "block"),
+            "block what is flagged, only count and record it (log), or judge nothing (off)",
+        ),
+    )
+    preset: Preset = field(
+        default="balanced",
+        metadata=_about(
+            choice("strict", "balanced", "lenient", "none"),
+            "how soon to flag: strict, balanced or lenient; none leaves it to `thresholds` alone",
+        ),
+    )
+    thresholds: Mapping[str, float] = field(
+        default_factory=dict[str, float],
+        metadata=_about(
+            numbers_by_name(_SCORED_NAMES, 0, 1),
+            "flag besides by single categories: a table, or a text such as hate=0.5,violence=0.8",
+        ),
+    )
+    fail: Fail = field(
+        default="closed",
+        metadata=_about(choice("closed", "open"), "without a verdict: answer 503 (closed), or let it pass (open)"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ModerationConfig(_Checked):
     threshold: float | None = field(
         default=None,
         metadata=_about(
             optional(number(0, 1, ends_allowed=False)),
-            "flag from this probability on; absent: the classifier's own, chosen on held-out text",
+            "flag from this probability on, in both directions; absent: the preset's, chosen on held-out text",
         ),
     )
     on_flagged: OnFlagged = field(
         default="error",
         metadata=_about(choice("error", "refuse"), "answer flagged input with a 400 (error) or a refusal (refuse)"),
     )
+    message: str | None = field(
+        default=None, metadata=_about(optional(text), "what a refusal tells the user; absent: a sentence of ours")
+    )
+    record_text: bool = field(
+        default=False,
+        metadata=_about(boolean, "record the text of flagged turns for review, not only their scores"),
+    )
+    # Tables come last, as TOML wants it.
+    input: DirectionConfig = field(default_factory=DirectionConfig)
+    output: DirectionConfig = field(default_factory=DirectionConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +380,11 @@ def _build(values: Mapping[tuple[str, ...], object]) -> ServeConfig:
     def leaves(*parents: str) -> dict[str, Any]:
         return {path[-1]: value for path, value in values.items() if path[:-1] == parents}
 
-    moderation = ModerationConfig(**leaves("moderation"))
+    moderation = ModerationConfig(
+        **leaves("moderation"),
+        input=DirectionConfig(**leaves("moderation", "input")),
+        output=DirectionConfig(**leaves("moderation", "output")),
+    )
     return ServeConfig(**leaves(), moderation=moderation, limits=LimitsConfig(**leaves("limits")))
 
 
@@ -371,6 +436,9 @@ def _toml(value: object) -> str | None:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(value)
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[str, object]", value).items()
+        return "{" + ", ".join(f"{json.dumps(name)} = {_toml(one)}" for name, one in pairs) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(str(_toml(part)) for part in cast("tuple[object, ...]", value)) + "]"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
+    from moderation.policy import Direction
     from serving.engine.requests import EngineStats
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -25,6 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BETWEEN_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.5, 1.0, 5.0)
 _REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_MODERATION_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 2.0)
 _FREED_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -56,7 +58,22 @@ class Metrics:
             buckets=_BETWEEN_TOKEN_BUCKETS,
             registry=registry,
         )
-        self._flagged = Counter("causerie_flagged", "Requests refused by moderation", registry=registry)
+        self._flagged = Counter(
+            "causerie_flagged", "Requests and choices that moderation flagged", ["direction"], registry=registry
+        )
+        self._moderation_failures = Counter(
+            "causerie_moderation_failures", "Times that there was no verdict", ["direction"], registry=registry
+        )
+        self._moderation_seconds = Histogram(
+            "causerie_moderation_seconds",
+            "One judgement: of a request's input, or of one window of output",
+            ["direction"],
+            buckets=_MODERATION_BUCKETS,
+            registry=registry,
+        )
+        for direction in ("input", "output"):  # so that they show as 0
+            self._flagged.labels(direction)
+            self._moderation_failures.labels(direction)
         self._disconnects = Counter(
             "causerie_disconnects", "Requests whose client left before the end", registry=registry
         )
@@ -88,8 +105,14 @@ class Metrics:
     def observe_between_tokens(self, seconds: float) -> None:
         self._between_tokens.observe(seconds)
 
-    def flagged(self) -> None:
-        self._flagged.inc()
+    def flagged(self, direction: Direction) -> None:
+        self._flagged.labels(direction).inc()
+
+    def moderation_failed(self, direction: Direction) -> None:
+        self._moderation_failures.labels(direction).inc()
+
+    def observe_moderation(self, direction: Direction, seconds: float) -> None:
+        self._moderation_seconds.labels(direction).observe(seconds)
 
     def disconnected(self) -> None:
         self._disconnects.inc()

@@ -22,10 +22,25 @@ from typing import TYPE_CHECKING
 
 from quant.errors import CheckpointError
 from quant.progress import BarProgress, LineProgress, ProgressSink
-from serving.config import DEFAULT_ORIGIN, LoadedConfig, ServeConfig, is_loopback
+from serving.config import (
+    DEFAULT_ORIGIN,
+    DirectionConfig,
+    LoadedConfig,
+    ModerationConfig,
+    ServeConfig,
+    is_loopback,
+)
 from serving.engine.client import EngineClient
 from serving.engine.wire import EngineSettings
-from serving.gateway.ports import GatewaySettings, Preparation, Readiness, RequestLimits, ServedModel
+from serving.gateway.ports import (
+    DirectionRules,
+    GatewaySettings,
+    ModerationRules,
+    Preparation,
+    Readiness,
+    RequestLimits,
+    ServedModel,
+)
 from serving.listening import base_url, open_listener
 from serving.log import configure_logging
 from serving.metrics import Metrics
@@ -37,7 +52,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["engine_settings", "gateway_settings", "model_to_serve", "run_server"]
+__all__ = ["engine_settings", "gateway_settings", "model_to_serve", "moderation_rules", "run_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,18 +175,16 @@ class Server:
         await self._http.serve(sockets=[self._listener])
 
     def _build_app(self) -> FastAPI:
-        from moderation.policy import PolicyOptions, Sensitivity, load_policy
         from serving.gateway.app import build_app
         from serving.gateway.ports import Services
         from ui.app import mount_page
 
+        rules = moderation_rules(self._config.moderation)
         services = Services(
             settings=gateway_settings(self._loaded),
             engine=self._engine,
             readiness=self._readiness,
-            policy=load_policy(
-                options=PolicyOptions(input=Sensitivity(threshold=self._config.moderation.threshold)),
-            ),
+            rules_of_key=lambda _key_name: rules,  # there is one key or none, so one policy
             metrics=self._metrics,
         )
         return mount_page(build_app(services), api_base_url=self._url)
@@ -230,6 +243,25 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
     )
 
 
+def moderation_rules(config: ModerationConfig) -> ModerationRules:
+    """What is in force, with the classifier loaded. Raises ModerationError: a server without one does not start."""
+    from moderation.policy import PolicyOptions, Sensitivity, load_policy
+
+    def sensitivity(direction: DirectionConfig) -> Sensitivity:
+        preset = None if direction.preset == "none" else direction.preset
+        return Sensitivity(preset, config.threshold, direction.thresholds)
+
+    options = PolicyOptions(input=sensitivity(config.input), output=sensitivity(config.output))
+    return ModerationRules(
+        policy=load_policy(options=options),
+        input=DirectionRules(config.input.mode, config.input.fail),
+        output=DirectionRules(config.output.mode, config.output.fail),
+        on_flagged=config.on_flagged,
+        message=config.message,
+        records_text=config.record_text,
+    )
+
+
 def gateway_settings(loaded: LoadedConfig) -> GatewaySettings:
     config, limits = loaded.config, loaded.config.limits
     own_name = () if is_loopback(config.host) else (config.host,)
@@ -237,7 +269,6 @@ def gateway_settings(loaded: LoadedConfig) -> GatewaySettings:
         api_key=loaded.api_key,
         allowed_hosts=(*config.allowed_hosts, *own_name),
         allowed_origins=config.allowed_origins,
-        on_flagged=config.moderation.on_flagged,
         limits=RequestLimits(
             max_body_bytes=limits.max_body_bytes,
             max_messages=limits.max_messages,

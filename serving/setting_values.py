@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
-__all__ = ["boolean", "choice", "integer", "names", "number", "optional", "path", "read_size", "size", "text"]
+__all__ = [
+    "boolean",
+    "choice",
+    "integer",
+    "names",
+    "number",
+    "numbers_by_name",
+    "optional",
+    "path",
+    "read_size",
+    "size",
+    "text",
+]
 
 T = TypeVar("T")
 Reader = Callable[[object], T]
@@ -100,6 +112,33 @@ def names(raw: object) -> tuple[str, ...]:
     if isinstance(raw, Sequence) and all(isinstance(part, str) and part.strip() for part in raw):
         return tuple(str(part).strip() for part in raw)
     raise ValueError("a list of texts (in TOML), or texts separated by commas")
+
+
+def numbers_by_name(allowed: Sequence[str], low: float, high: float) -> Reader[Mapping[str, float]]:
+    """A TOML table, or one text such as hate=0.5,violence=0.8."""
+    read_number = number(low, high, ends_allowed=False)
+
+    def read(raw: object) -> Mapping[str, float]:
+        pairs = _pairs(raw)
+        if pairs is None or len(pairs) != len(dict(pairs)):
+            raise ValueError("a table of numbers (in TOML), or name=number texts separated by commas")
+        if any(name not in allowed for name, _ in pairs):
+            raise ValueError("numbers by names out of " + ", ".join(allowed))
+        try:
+            return {name: read_number(value) for name, value in pairs}
+        except ValueError as error:
+            raise ValueError(f"by every name {error}") from None
+
+    return read
+
+
+def _pairs(raw: object) -> list[tuple[str, object]] | None:
+    if isinstance(raw, Mapping):
+        return [(str(name), value) for name, value in cast("Mapping[object, object]", raw).items()]
+    if not isinstance(raw, str):
+        return None
+    parts = [part.partition("=") for part in raw.split(",") if part.strip()]
+    return [(name.strip(), value) for name, _, value in parts] if all(equals for _, equals, _ in parts) else None
 
 
 def path(raw: object) -> Path:

@@ -6,6 +6,7 @@ A streamed answer waits a moment for its first event, so that what fails at once
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -20,7 +21,7 @@ from serving.gateway.disconnect import unless_client_gone
 from serving.gateway.error_responses import json_response
 from serving.gateway.fields import JsonObject
 from serving.gateway.generation import Generation, Usage
-from serving.gateway.judging import REFUSAL, flagged_error
+from serving.gateway.judging import REFUSAL, Moderation, flagged_error
 from serving.gateway.ports import ServedModel, Services, TurnRecord
 from serving.gateway.schemas import StreamRequest
 from serving.gateway.sse import DONE, ChunkWriter, EventStreamResponse, error_event
@@ -28,6 +29,8 @@ from serving.gateway.sse import DONE, ChunkWriter, EventStreamResponse, error_ev
 _FIRST_EVENT_WAIT_S = 5.0
 # Longer texts are tokenised in a thread: tokenising them would hold up every stream.
 _INLINE_CHARACTERS = 20_000
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -49,8 +52,9 @@ class TurnContext:
 
     request_id: str
     model: ServedModel
+    moderation: Moderation
     turns: tuple[Turn, ...]
-    verdict: Verdict
+    verdict: Verdict | None
     prompt_ids: tuple[int, ...] = ()
 
 
@@ -75,11 +79,13 @@ async def refuse(
     services: Services, shape: AnswerShape, stream: StreamRequest, turn: TurnContext, num_choices: int, param: str
 ) -> Response:
     """Flagged input: an error before any byte, or by setting an answer that says so."""
-    services.metrics.flagged()
+    assert turn.verdict is not None
     await _record(services, turn, None)
-    if services.settings.on_flagged == "error":
-        raise flagged_error(turn.verdict, param)
-    refusals = [ChoiceDelta(index, REFUSAL, finish_reason="content_filter") for index in range(num_choices)]
+    rules = turn.moderation.rules
+    if rules.on_flagged == "error":
+        raise flagged_error(turn.verdict, param, rules.message)
+    text = rules.message or REFUSAL
+    refusals = [ChoiceDelta(index, text, finish_reason="content_filter") for index in range(num_choices)]
     nothing_used = Usage(0, 0)
     if not stream.is_streamed:
         return json_response(shape.joined(refusals, nothing_used))
@@ -145,13 +151,18 @@ async def _events(
 
 
 async def _record(services: Services, turn: TurnContext, answer: Answer | None) -> None:
-    await services.sink.record(
-        TurnRecord(
-            request_id=turn.request_id,
-            model_id=turn.model.model_id,
-            turns=turn.turns,
-            verdict=turn.verdict,
-            prompt_ids=turn.prompt_ids,
-            choices=() if answer is None else answer.records(),
-        )
+    """What was flagged is recorded without its text, unless the rules allow it."""
+    is_flagged = (turn.verdict is not None and turn.verdict.flagged) or (answer is not None and answer.has_flagged)
+    has_text = turn.moderation.rules.records_text or not is_flagged
+    record = TurnRecord(
+        request_id=turn.request_id,
+        model_id=turn.model.model_id,
+        turns=turn.turns if has_text else (),
+        verdict=turn.verdict,
+        prompt_ids=turn.prompt_ids if has_text else (),
+        choices=() if answer is None else answer.records(has_text=has_text),
     )
+    try:
+        await services.sink.record(record)
+    except Exception:
+        logger.exception("turn_not_recorded request=%s", turn.request_id)

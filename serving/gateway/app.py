@@ -99,12 +99,12 @@ def _add_api_routes(app: FastAPI, services: Services) -> None:
         return await create_moderation(request, services)
 
     @app.get("/v1/models")
-    async def list_models() -> Response:
-        return models.list_models(services)
+    async def list_models(request: Request) -> Response:
+        return models.list_models(request, services)
 
     @app.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> Response:
-        return models.get_model(services, model_id)
+    async def get_model(request: Request, model_id: str) -> Response:
+        return models.get_model(request, services, model_id)
 
     @app.post("/v1/requests/{request_id}/cancel")
     async def cancel(request_id: str) -> Response:
@@ -117,8 +117,8 @@ def _add_health_routes(app: FastAPI, services: Services) -> None:
         return health.live()
 
     @app.get("/health/ready")
-    async def ready() -> Response:
-        return health.ready(services)
+    async def ready(request: Request) -> Response:
+        return health.ready(request, services)
 
     @app.get("/health/progress")
     async def progress() -> Response:

@@ -13,12 +13,16 @@ import hmac
 from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import Forbidden, NotAuthorized, ServiceError
 from serving.gateway.error_responses import error_response
 
 OPEN_PATH = "/health/live"
+# The name of the one key there can be. With several keys, `KeyCheck` would know the name of each.
+API_KEY_NAME = "default"
+_KEY_NAME_IN_SCOPE = "causerie.key_name"
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 AccessCheck = Callable[[Scope, Headers], ServiceError | None]
@@ -98,13 +102,19 @@ class KeyCheck:
     def __init__(self, api_key: str) -> None:
         self._digest = _digest(api_key.encode())
 
-    def __call__(self, _scope: Scope, headers: Headers) -> ServiceError | None:
+    def __call__(self, scope: Scope, headers: Headers) -> ServiceError | None:
         presented = _presented_key(headers.get("authorization", ""))
         if presented is None:
             return NotAuthorized("no API key was sent; send it as 'Authorization: Bearer KEY'")
         if not hmac.compare_digest(_digest(presented), self._digest):
             return NotAuthorized("the API key is not correct")
+        scope[_KEY_NAME_IN_SCOPE] = API_KEY_NAME
         return None
+
+
+def key_name_of(request: Request) -> str | None:
+    """The name of the API key that let the request in; None where none is needed."""
+    return request.scope.get(_KEY_NAME_IN_SCOPE)
 
 
 def _digest(key: bytes) -> bytes:

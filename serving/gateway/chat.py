@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from moderation.policy import Turn
-from moderation.stream_filter import PassThrough
 from serving.errors import InvalidRequest
 from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
+from serving.gateway.auth import key_name_of
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.fields import JsonObject
 from serving.gateway.generation import Generations, Usage
 from serving.gateway.json_reader import decode_body
-from serving.gateway.judging import judge_input
+from serving.gateway.judging import Moderation
 from serving.gateway.logprobs import chat_logprobs
 from serving.gateway.ports import ServedModel, Services
 from serving.gateway.request_context import context_of
@@ -35,9 +35,10 @@ async def create_chat_completion(request: Request, services: Services, generatio
     shape = ChatShape(f"chatcmpl-{context.request_id}", model, int(time.time()), asked)
     turns = tuple(Turn(message.role, message.content) for message in asked.messages)
 
-    verdict = await judge_input(services.policy, turns)
-    turn = TurnContext(context.request_id, model, turns, verdict)
-    if verdict.flagged:
+    moderation = Moderation(services, services.rules_of_key(key_name_of(request)), context.request_id)
+    verdict = await moderation.judge_input(turns)
+    turn = TurnContext(context.request_id, model, moderation, turns, verdict)
+    if moderation.refuses(verdict):
         return await refuse(services, shape, asked.stream, turn, asked.sampling.num_choices, "messages")
 
     prompt_ids = await render(model, asked.messages)
@@ -45,8 +46,8 @@ async def create_chat_completion(request: Request, services: Services, generatio
         asked.sampling, model.defaults, len(prompt_ids), max_context(services, model), limits.max_tokens
     )
     generation = generations.start(context, [prompt_ids], [sampling], asked.sampling.num_choices)
-    answer = Answer(generation, model.tokenizer, PassThrough, has_logprobs=shape.has_logprobs)
-    turn = TurnContext(context.request_id, model, turns, verdict, tuple(prompt_ids))
+    answer = Answer(generation, model.tokenizer, moderation, has_logprobs=shape.has_logprobs)
+    turn = replace(turn, prompt_ids=tuple(prompt_ids))
     return await respond(request, services, generation, answer, shape, asked.stream, turn)
 
 
@@ -96,7 +97,7 @@ class ChatShape:
     def _choice(self, choice: ChoiceDelta) -> JsonObject:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", "content": choice.text, "refusal": choice.refusal},
             "logprobs": self._logprobs(choice) if self.has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }

@@ -10,17 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moderation.policy import Turn
-from moderation.stream_filter import PassThrough
 from serving.engine.requests import TokenLogprob
 from serving.errors import InvalidRequest
 from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
+from serving.gateway.auth import key_name_of
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.disconnect import unless_client_gone
 from serving.gateway.error_responses import json_response
 from serving.gateway.fields import JsonObject
 from serving.gateway.generation import Generations, Usage
 from serving.gateway.json_reader import decode_body
-from serving.gateway.judging import judge_prompts
+from serving.gateway.judging import Moderation
 from serving.gateway.logprobs import completion_logprobs, shown_token
 from serving.gateway.ports import ServedModel, Services
 from serving.gateway.request_context import context_of
@@ -40,9 +40,10 @@ async def create_completion(request: Request, services: Services, generations: G
     shape = CompletionShape(f"cmpl-{context.request_id}", model, int(time.time()), asked, prompts)
     num_choices = asked.sampling.num_choices
 
-    verdict = await judge_prompts(services.policy, [prompt.text for prompt in prompts])
-    turn = TurnContext(context.request_id, model, turns, verdict)
-    if verdict.flagged:
+    moderation = Moderation(services, services.rules_of_key(key_name_of(request)), context.request_id)
+    verdict = await moderation.judge_input(*([turn] for turn in turns))
+    turn = TurnContext(context.request_id, model, moderation, turns, verdict)
+    if moderation.refuses(verdict):
         return await refuse(services, shape, asked.stream, turn, num_choices * len(prompts), "prompt")
 
     room = max_context(services, model)
@@ -56,7 +57,8 @@ async def create_completion(request: Request, services: Services, generations: G
     if asked.sampling.max_tokens == 0:
         return json_response(shape.only_echoed())
     generation = generations.start(context, [prompt.ids for prompt in prompts], sampling, num_choices)
-    answer = Answer(generation, model.tokenizer, PassThrough, has_logprobs=shape.has_logprobs)
+    moderation.continue_texts([prompt.text for prompt in prompts for _ in range(num_choices)])
+    answer = Answer(generation, model.tokenizer, moderation, has_logprobs=shape.has_logprobs)
     return await respond(request, services, generation, answer, shape, asked.stream, turn)
 
 

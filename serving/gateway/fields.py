@@ -126,7 +126,7 @@ COMPLETION_FIELDS = (
 )
 
 MODERATION_FIELDS = (
-    implemented("input", "string, list of strings, or list of text parts; required"),
+    implemented("input", "string, list of strings, list of text parts, or list of messages (extension); required"),
     implemented("model", "string: this server's moderation model, or one of OpenAI's `…-moderation-latest` names"),
 )
 

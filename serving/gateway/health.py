@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.gateway.auth import key_name_of
 from serving.gateway.error_responses import json_response
 from serving.gateway.fields import JsonObject
+from serving.gateway.judging import rules_json
 from serving.gateway.ports import Readiness, Services
 from serving.metrics import CONTENT_TYPE
 
@@ -15,12 +18,13 @@ def live() -> Response:
     return json_response({"status": "ok"})
 
 
-def ready(services: Services) -> Response:
+def ready(request: Request, services: Services) -> Response:
     """200 when requests are answered; otherwise 503 with what it waits for and how far the preparation is."""
     readiness = services.readiness
     reason = readiness.waiting_for()
     if reason is None and readiness.model is not None:
-        return json_response({"status": "ready", "model": readiness.model.model_id})
+        rules = services.rules_of_key(key_name_of(request))
+        return json_response({"status": "ready", "model": readiness.model.model_id, "moderation": rules_json(rules)})
     status = "failed" if readiness.failure is not None else "waiting"
     body: JsonObject = {
         "status": status,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,34 +17,43 @@ _LOWEST = -9999.0
 class LogprobAligner:
     """Releases a token's entry with the text chunk that completes it, so joined entries spell the joined text.
 
-    A token of half a character waits for the other half. What a stop string swallowed and the end-of-turn token are
-    dropped: they are not in the text.
+    A token of half a character waits for the other half. What is not wholly in the text is dropped: the end-of-turn
+    token, and tokens that a stop string or moderation cut off or cut through; their bytes would tell what was withheld.
     """
 
     def __init__(self, tokenizer: TokenizerPort) -> None:
         self._tokenizer = tokenizer
-        self._waiting: deque[TokenLogprob] = deque()
-        self._num_token_bytes = 0  # of released tokens
-        self._num_text_bytes = 0
+        # Decodes as the detokenizer does. Counting bytes would be wrong: a byte that is no UTF-8 becomes U+FFFD.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._beginning = ""  # of what the tokens decode to, until the text has begun
+        self._num_decoded_chars = 0
+        self._num_text_chars = 0
+        self._waiting: deque[tuple[TokenLogprob, int]] = deque()  # with the characters of text that complete each
 
     def add(self, entries: Sequence[TokenLogprob]) -> None:
-        self._waiting.extend(entries)
+        for entry in entries:
+            decoded = self._decoder.decode(self._tokenizer.token_bytes[entry.token_id])
+            self._num_decoded_chars += len(decoded)
+            if self._num_text_chars == 0:
+                self._beginning += decoded
+            has_half_a_character = bool(self._decoder.getstate()[0])
+            self._waiting.append((entry, self._num_decoded_chars + has_half_a_character))
 
-    def release(self, text: str, *, is_last: bool, is_cut: bool) -> list[TokenLogprob]:
-        """`is_cut`: the text ends where the model was stopped, so tokens after its end are not part of it."""
-        self._num_text_bytes += len(text.encode())
+    def release(self, text: str) -> list[TokenLogprob]:
+        """`text` is what leaves now; call it also when nothing does."""
+        if text and self._num_text_chars == 0 and self._is_space_stripped(text):
+            self._num_text_chars = 1
+        self._num_text_chars += len(text)
         released: list[TokenLogprob] = []
-        while self._waiting:
-            num_bytes = len(self._tokenizer.token_bytes[self._waiting[0].token_id])
-            is_complete = self._num_token_bytes + num_bytes <= self._num_text_bytes
-            is_begun = self._num_token_bytes < self._num_text_bytes
-            if not (is_complete or (is_last and (is_begun or not is_cut))):
-                break
-            self._num_token_bytes += num_bytes
-            entry = self._waiting.popleft()
+        while self._waiting and self._waiting[0][1] <= self._num_text_chars:
+            entry, _ = self._waiting.popleft()
             if entry.token_id not in self._tokenizer.eos_ids:
                 released.append(entry)
         return released
+
+    def _is_space_stripped(self, text: str) -> bool:
+        """Sentencepiece's decoders drop the space before the first word."""
+        return not self._beginning.startswith(text) and self._beginning.startswith(" " + text)
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: TokenizerPort) -> JsonObject:

@@ -6,19 +6,23 @@ Nothing here does work: the engine, the tokenizer, the chat format and the moder
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from serving.errors import EngineStopped, Unavailable
 
 if TYPE_CHECKING:
-    from moderation.policy import Turn, Verdict
+    from moderation.categories import Category
+    from moderation.policy import Direction, PolicyOptions, Turn, Verdict
     from serving.engine.requests import EngineEvent, EngineRequest, EngineStats
     from serving.metrics import Metrics
     from serving.model.chat_format import ChatMessage
 
 OnFlagged = Literal["error", "refuse"]
+ModerationMode = Literal["off", "log", "block"]
+OnFailure = Literal["closed", "open"]
+Outcome = Literal["passed", "logged", "blocked", "failed_open", "failed_closed"]
 
 
 class EventStream(Protocol):
@@ -72,8 +76,50 @@ class ModerationPort(Protocol):
 
     @property
     def model_id(self) -> str: ...
+    @property
+    def options(self) -> PolicyOptions: ...
+    @property
+    def trained_categories(self) -> tuple[Category, ...]: ...
+    @property
+    def trained_extensions(self) -> tuple[str, ...]: ...
     def judge_input(self, turns: Sequence[Turn]) -> Verdict: ...
     def judge_texts(self, texts: Sequence[str]) -> list[Verdict]: ...
+    def judge_output(self, context: str, text: str) -> Verdict: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionRules:
+    """What is done with what goes in, or with what comes out.
+
+    mode: "block" refuses what is flagged, "log" counts and records it and lets it pass, "off" does not judge
+    fail: without a verdict "closed" answers 503, "open" lets the text pass; in mode "log" it always passes
+    """
+
+    mode: ModerationMode = "block"
+    fail: OnFailure = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class ModerationRules:
+    """What is in force for one request.
+
+    message:      what a refusal says, in place of the gateway's own words
+    records_text: decisions and turns that were flagged reach the sink with their text; otherwise without any
+    """
+
+    policy: ModerationPort
+    input: DirectionRules = DirectionRules()
+    output: DirectionRules = DirectionRules()
+    on_flagged: OnFlagged = "error"
+    message: str | None = None
+    records_text: bool = False
+
+    def of(self, direction: Direction) -> DirectionRules:
+        return self.input if direction == "input" else self.output
+
+
+# By the name of the API key that a request came with; None where the server has no key.
+RulesOfKey = Callable[[str | None], ModerationRules]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +206,6 @@ class GatewaySettings:
     api_key: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()  # besides loopback names; "*" allows any, "*.example.org" its subdomains
     allowed_origins: tuple[str, ...] = ()  # besides the server's own
-    on_flagged: OnFlagged = "error"
     limits: RequestLimits = RequestLimits()
     stall_after_s: float = 30.0
     ping_interval_s: float = 15.0
@@ -175,24 +220,51 @@ class ChoiceRecord:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """One answered or refused turn, for the store that comes with the feedback loop."""
+    """One answered or refused turn, for the store that comes with the feedback loop.
+
+    `verdict` is that on the input; None when it was not judged. A turn in which something was flagged has no text and
+    no ids, unless the rules say that text is recorded.
+    """
 
     request_id: str
     model_id: str
     turns: tuple[Turn, ...]
-    verdict: Verdict
+    verdict: Verdict | None
     prompt_ids: tuple[int, ...]
     choices: tuple[ChoiceRecord, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What moderation decided about one request's input or about one choice, for a review queue.
+
+    choice_index: None for input
+    verdict:      with score, threshold, model and reason; None when there was none ("failed_…")
+    text:         what was flagged: the user's turns, or the window of the answer. Only if the rules say so
+    """
+
+    request_id: str
+    direction: Direction
+    choice_index: int | None
+    outcome: Outcome
+    verdict: Verdict | None
+    text: str | None = None
+
+
 class TurnSink(Protocol):
+    """The answer waits for both, so they return soon. What they raise is logged and changes no answer."""
+
     async def record(self, turn: TurnRecord) -> None: ...
+    async def record_decision(self, decision: Decision) -> None: ...
 
 
 class NoSink:
     """Keeps nothing."""
 
     async def record(self, turn: TurnRecord) -> None:
+        return None
+
+    async def record_decision(self, decision: Decision) -> None:
         return None
 
 
@@ -203,6 +275,6 @@ class Services:
     settings: GatewaySettings
     engine: EnginePort
     readiness: Readiness
-    policy: ModerationPort
+    rules_of_key: RulesOfKey
     metrics: Metrics
     sink: TurnSink = field(default_factory=NoSink)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from moderation.policy import Turn
 from serving.errors import InvalidRequest
 from serving.gateway.fields import (
     CHAT_FIELDS,
@@ -92,8 +93,11 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModerationRequest:
+    """`turns`: one conversation, judged as a whole, in place of texts that are judged one by one."""
+
     model: str | None
     texts: list[str]
+    turns: tuple[Turn, ...] | None = None
 
 
 def parse_chat(body: JsonObject, limits: RequestLimits) -> ChatRequest:
@@ -137,14 +141,21 @@ def parse_completion(body: JsonObject, limits: RequestLimits) -> CompletionReque
 def parse_moderation(body: JsonObject, limits: RequestLimits) -> ModerationRequest:
     check_fields(body, MODERATION_FIELDS)
     model = None if body.get("model") is None else read_required_str(body, "model")
+    if _holds_messages(body.get("input")):
+        messages = _read_messages(body, limits, name="input")
+        return ModerationRequest(model, [], tuple(Turn(message.role, message.content) for message in messages))
     return ModerationRequest(model, _read_texts(body, limits))
+
+
+def _holds_messages(value: JsonValue) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
 def _read_texts(body: JsonObject, limits: RequestLimits) -> list[str]:
     value = body.get("input")
     texts: JsonValue = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise InvalidRequest("input must be a string or a list of strings, not empty", param="input")
+        raise InvalidRequest("input must be a string or a list of strings, parts or messages, not empty", param="input")
     if len(texts) > limits.max_messages:
         raise InvalidRequest(f"input has {len(texts)} entries; this server takes {limits.max_messages}", param="input")
     if all(isinstance(text, dict) for text in texts):
@@ -155,16 +166,16 @@ def _read_texts(body: JsonObject, limits: RequestLimits) -> list[str]:
 # -- messages and prompts ---------------------------------------------------------------------------------------------
 
 
-def _read_messages(body: JsonObject, limits: RequestLimits) -> tuple[ChatMessage, ...]:
-    messages = body.get("messages")
+def _read_messages(body: JsonObject, limits: RequestLimits, *, name: str = "messages") -> tuple[ChatMessage, ...]:
+    messages = body.get(name)
     if messages is None:
-        raise InvalidRequest("you must provide a messages parameter", param="messages")
+        raise InvalidRequest(f"you must provide a {name} parameter", param=name)
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list with at least one message", param="messages")
+        raise InvalidRequest(f"{name} must be a list with at least one message", param=name)
     if len(messages) > limits.max_messages:
-        message = f"messages has {len(messages):,} entries; this server accepts {limits.max_messages:,}"
-        raise InvalidRequest(message, param="messages")
-    return tuple(_read_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+        message = f"{name} has {len(messages):,} entries; this server accepts {limits.max_messages:,}"
+        raise InvalidRequest(message, param=name)
+    return tuple(_read_message(message, f"{name}[{index}]") for index, message in enumerate(messages))
 
 
 def _read_message(message: JsonValue, path: str) -> ChatMessage:

@@ -71,12 +71,15 @@ class ChunkWriter:
         return self._chunk(index, delta, b"null", b"null")
 
     def delta(self, delta: ChoiceDelta) -> bytes:
-        """The text, and for chat the finish reason in a chunk of its own."""
+        """The text, and for chat the finish reason in a chunk of its own, with the reason of a withheld rest."""
         finish = b"null" if delta.finish_reason is None else msgspec.json.encode(delta.finish_reason)
         if not self._is_chat:
             return self._text(delta, finish)
         text = self._text(delta, b"null") if delta.text or delta.logprobs else b""
-        return text if delta.finish_reason is None else text + self._chunk(delta.index, b',"delta":{}', b"null", finish)
+        if delta.finish_reason is None:
+            return text
+        refusal = b"" if delta.refusal is None else b'"refusal":' + msgspec.json.encode(delta.refusal)
+        return text + self._chunk(delta.index, b',"delta":{' + refusal + b"}", b"null", finish)
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._head, "choices": [], "usage": usage_json(usage)}) if self._includes_usage else b""

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import httpx
 from fastapi import FastAPI
 
-from moderation.policy import Turn, Verdict
+from moderation.categories import Category
+from moderation.policy import PolicyOptions, Turn, Verdict
 from serving.engine.requests import (
     EngineEvent,
     EngineRequest,
@@ -26,12 +27,18 @@ from serving.engine.requests import (
 from serving.errors import ServiceError
 from serving.gateway.app import build_app
 from serving.gateway.ports import (
+    Decision,
+    DirectionRules,
     GatewaySettings,
     GenerationDefaults,
+    ModerationMode,
+    ModerationRules,
     NoSink,
+    OnFailure,
     Readiness,
     ServedModel,
     Services,
+    TurnRecord,
     TurnSink,
 )
 from serving.metrics import Metrics
@@ -74,12 +81,16 @@ class PlainChatFormat:
 
 
 class WordPolicy:
-    """Flags what contains "bomb"; fails on "crash"."""
+    """Flags what contains "bomb"; fails on "crash". Nothing else is even suspicious."""
 
     model_id = "words-1"
+    options = PolicyOptions()
+    trained_categories = (Category.HATE,)
+    trained_extensions = ("jailbreak",)
 
     def __init__(self) -> None:
         self.judged: list[Sequence[Turn]] = []
+        self.windows: list[tuple[str, str]] = []
 
     def judge_input(self, turns: Sequence[Turn]) -> Verdict:
         self.judged.append(turns)
@@ -90,6 +101,34 @@ class WordPolicy:
             raise RuntimeError("the classifier is broken")
         return [verdict("bomb" in text) for text in texts]
 
+    def judge_output(self, context: str, text: str) -> Verdict:
+        self.windows.append((context, text))
+        return self.judge_texts([context + text])[0]
+
+
+class ListSink:
+    def __init__(self) -> None:
+        self.turns: list[TurnRecord] = []
+        self.decisions: list[Decision] = []
+
+    async def record(self, turn: TurnRecord) -> None:
+        self.turns.append(turn)
+
+    async def record_decision(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+
+
+def make_rules(
+    *,
+    input: ModerationMode = "block",
+    output: ModerationMode = "off",
+    fail: OnFailure = "closed",
+    **fields: object,
+) -> ModerationRules:
+    """Output is not judged unless a test asks for it: most are about something else."""
+    directions = {"input": DirectionRules(input, fail), "output": DirectionRules(output, fail)}
+    return ModerationRules(**({"policy": WordPolicy()} | directions | fields))  # pyright: ignore[reportArgumentType]
+
 
 def verdict(flagged: bool) -> Verdict:
     probability = 0.9 if flagged else 0.1
@@ -99,6 +138,10 @@ def verdict(flagged: bool) -> Verdict:
         threshold=0.5,
         categories={"illicit": flagged, "hate": False},
         category_scores={"illicit": probability, "hate": 0.0},
+        extension_scores={"jailbreak": 0.0},
+        reason="moderation" if flagged else None,
+        model="words-1",
+        severity=probability / 0.5,
     )
 
 
@@ -156,6 +199,7 @@ class ScriptedEngine:
         self.cancelled: list[tuple[str, int | None]] = []
         self.abandoned: list[str] = []
         self.has_request = asyncio.Event()
+        self.has_cancel = asyncio.Event()
         self._script = script or hello
 
     def seconds_since_progress(self) -> float | None:
@@ -172,6 +216,7 @@ class ScriptedEngine:
 
     async def cancel(self, request_id: str, choice_index: int | None = None) -> bool:
         self.cancelled.append((request_id, choice_index))
+        self.has_cancel.set()
         stream = self.streams[request_id]
         if choice_index is None and isinstance(stream.request, GenerateRequest):
             for index in range(stream.request.num_choices):
@@ -247,13 +292,15 @@ def make_services(
     settings: GatewaySettings | None = None,
     model: ServedModel | None = None,
     sink: TurnSink | None = None,
+    rules: ModerationRules | None = None,
 ) -> Services:
     engine = engine or ScriptedEngine()
+    chosen = rules or make_rules()
     return Services(
         settings=settings or GatewaySettings(),
         engine=engine,
         readiness=Readiness(engine=engine, model=model or make_model()),
-        policy=WordPolicy(),
+        rules_of_key=lambda _key_name: chosen,
         metrics=Metrics(),
         sink=sink or NoSink(),
     )
@@ -264,8 +311,14 @@ def client_of(app: FastAPI, **options: object) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)  # pyright: ignore[reportArgumentType]
 
 
-def client_for(engine: ScriptedEngine | None = None, *, settings: GatewaySettings | None = None) -> httpx.AsyncClient:
-    return client_of(build_app(make_services(engine, settings=settings)))
+def client_for(
+    engine: ScriptedEngine | None = None,
+    *,
+    settings: GatewaySettings | None = None,
+    rules: ModerationRules | None = None,
+    sink: TurnSink | None = None,
+) -> httpx.AsyncClient:
+    return client_of(build_app(make_services(engine, settings=settings, rules=rules, sink=sink)))
 
 
 def chat_body(text: str = "Hi", **fields: object) -> dict[str, object]:

@@ -8,11 +8,12 @@ import pytest
 from serving.engine.requests import EngineRequest
 from serving.errors import EngineStopped, QueueFull
 from serving.gateway.app import build_app
-from serving.gateway.ports import GenerationDefaults, TurnRecord
+from serving.gateway.ports import GenerationDefaults
 from serving.model.chat_format import ChatFormatError, ChatMessage
 from tests.serving.gateway.fakes import (
     EOS,
     MODEL_ID,
+    ListSink,
     PlainChatFormat,
     ScriptedEngine,
     Step,
@@ -262,13 +263,6 @@ async def test_a_stream_that_ends_without_a_finish_reason_is_an_error() -> None:
 
 
 async def test_a_finished_turn_is_recorded() -> None:
-    class ListSink:
-        def __init__(self) -> None:
-            self.turns: list[TurnRecord] = []
-
-        async def record(self, turn: TurnRecord) -> None:
-            self.turns.append(turn)
-
     sink = ListSink()
     async with client_of(build_app(make_services(sink=sink))) as client:
         for is_streamed in (False, True):

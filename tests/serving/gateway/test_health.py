@@ -7,6 +7,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from moderation.categories import Category
 from serving.engine.requests import EngineStats
 from serving.gateway.app import build_app
 from serving.gateway.ports import Preparation, Services
@@ -23,7 +24,14 @@ async def get(services: Services, path: str, method: str = "GET") -> httpx.Respo
 
 async def test_ready_says_which_model_answers() -> None:
     response = await get(make_services(), "/health/ready")
-    assert (response.status_code, response.json()) == (200, {"status": "ready", "model": "tiny"})
+    body = response.json()
+    moderation = body.pop("moderation")
+    assert (response.status_code, body) == (200, {"status": "ready", "model": "tiny"})
+    assert (moderation["model"], moderation["input"]["mode"], moderation["output"]["mode"]) == (
+        "words-1",
+        "block",
+        "off",
+    )
 
 
 async def test_ready_says_what_it_waits_for() -> None:
@@ -112,7 +120,18 @@ async def test_models_are_listed_and_shown() -> None:
     listed = (await get(make_services(), "/v1/models")).json()
     shown = (await get(make_services(), "/v1/models/tiny")).json()
     assert listed == {"object": "list", "data": [shown]}
+    moderation = shown.pop("moderation")
     assert shown == {"id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "causerie"}
+    assert moderation["output"] == {
+        "mode": "off",
+        "fail": "closed",
+        "preset": "balanced",
+        "threshold": None,
+        "category_thresholds": {},
+    }
+    assert moderation["trained_categories"] == ["hate"]
+    assert sorted([*moderation["untrained_categories"], "hate"]) == sorted(Category)
+    assert moderation["extensions"] == ["jailbreak"]
 
 
 async def test_a_bug_is_a_500_in_openai_s_shape_with_the_id_that_the_log_has() -> None:
@@ -156,7 +175,10 @@ async def test_metrics_show_requests_tokens_and_the_engine() -> None:
         "causerie_kv_blocks_used 70.0",
         "causerie_kv_blocks_total 100.0",
         "causerie_engine_steps_total 7.0",
-        "causerie_flagged_total 0.0",
+        'causerie_flagged_total{direction="input"} 0.0',
+        'causerie_flagged_total{direction="output"} 0.0',
+        'causerie_moderation_failures_total{direction="output"} 0.0',
+        'causerie_moderation_seconds_count{direction="input"} 1.0',
         "causerie_cancel_to_freed_seconds_count 1.0",
     ):
         assert line in lines
