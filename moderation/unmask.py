@@ -15,7 +15,7 @@ from itertools import islice, pairwise, product
 from moderation.english import cut_into_words, is_word
 from moderation.lookalikes import ALWAYS_LATIN, LEET, LOOKALIKES, ONLY_AMONG_LATIN, STRICT_LOOKALIKES
 
-__all__ = ["CJK", "unmask"]
+__all__ = ["CJK", "fold_characters", "unmask"]
 
 # Folding one disguise can lay bare another one; texts found in practice settle after one or two passes.
 MAX_PASSES = 4
@@ -117,9 +117,9 @@ def unmask(text: str) -> str:
 
 
 def _fold_once(text: str) -> str:
-    text = INVISIBLE.sub("", text)
+    text = fold_characters(text)
     if not text.isascii():
-        text = _fold_lookalikes(_fold_marks(_fold_width(text)))
+        text = _fold_lookalikes(_fold_marks(text))
         text = CHINESE_APART.sub(_close_chinese, text)
     text = SET_APART.sub(_close_up, text)
     if HAS_LEET.search(text):
@@ -130,8 +130,14 @@ def _fold_once(text: str) -> str:
     return text
 
 
-def _fold_width(text: str) -> str:
-    """NFKC, but for punctuation and signs; enclosed and oddly shaped Latin letters become plain."""
+def fold_characters(text: str) -> str:
+    """What needs no look at words: invisible characters go; wide, enclosed and oddly shaped Latin letters become plain.
+
+    NFKC, but for punctuation and signs. What is encoded in the text (base64) decodes as before.
+    """
+    text = INVISIBLE.sub("", text)
+    if text.isascii():
+        return text
     text = PILE.sub("", text)
     if ASTRAL.search(text):
         text = ASTRAL_PILE.sub("", text)
