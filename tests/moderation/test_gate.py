@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from moderation.errors import ModerationError
+from moderation.features import FeatureOptions
 from moderation.gate import check_falls, fallen_files
 from moderation.metrics import Measures
-from moderation.report import REPORT_FILE, FileReport, Report, encode_report
+from moderation.report import REPORT_FILE, FileReport, Report, encode_report, read_report
+from moderation.rows import Row
+from moderation.train import NgramOptions, TrainOptions, train_moderation
+from quant.progress import SilentProgress
+from tests.moderation.tiny_data import write_training_data
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +107,41 @@ def test_an_older_report_that_lacks_the_new_fields_still_compares(tmp_path: Path
 
     with pytest.raises(ModerationError, match=r"test_xstest AUROC 0\.900 to 0\.500"):
         check_falls(tmp_path, report_of(file_report("test_xstest", auroc=0.5)), accept_falls=False)
+
+
+def raise_reported_areas(directory: Path, by: float) -> None:
+    """As if the weights there had been better than they are."""
+    report = read_report(directory / REPORT_FILE)
+    tests = [
+        replace(test, overall=replace(test.overall, auprc=(test.overall.auprc or 0.0) + by)) for test in report.tests
+    ]
+    (directory / REPORT_FILE).write_bytes(encode_report(replace(report, tests=tests)))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def no_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
+    """Thousands of rows of our own would take seconds and change nothing here."""
+    return []
+
+
+def test_training_leaves_better_weights_in_place_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moderation.corpus.expand_phrases", no_phrases)
+    data, out = write_training_data(tmp_path / "data"), tmp_path / "weights"
+    ngram = NgramOptions(iterations=3, features=FeatureOptions(bucket_bits=10))
+    options = TrainOptions(data, out, rows_per_line=1, passages=3, ngram=ngram, encoder=None)
+    train_moderation(options, SilentProgress())
+    raise_reported_areas(out, by=0.02)
+    better = contents(out)
+
+    with pytest.raises(ModerationError, match=r"test_openai_moderation AUPRC .*2\.0 points.*--accept-falls"):
+        train_moderation(options, SilentProgress())
+    assert contents(out) == better
+
+    train_moderation(replace(options, out=tmp_path / "elsewhere"), SilentProgress())
+    assert contents(out) == better
+
+    train_moderation(replace(options, accept_falls=True), SilentProgress())
+    assert contents(out) != better

@@ -68,3 +68,18 @@ def write_tiny_data(directory: Path) -> Path:
     )
     (directory / "licences.json").write_text(json.dumps({"yes": [FREE, meant], "no": [CLOSED]}), encoding="utf-8")
     return directory
+
+
+def write_training_data(directory: Path) -> Path:
+    """The same with the files that training reads besides, and a dev file that agrees with them."""
+    write_tiny_data(directory)
+    harmless = [row(f"please water the plant number {i}", 0) for i in range(30)]
+    harmful = [row(f"kill victim number {i} of many", 1) for i in range(30)]
+    write_lines(directory / "moderation/train.jsonl.gz", [*harmless[:20], *harmful[:20]])
+    write_lines(directory / "moderation/dev.jsonl.gz", [*harmless[20:], *harmful[20:]])
+    for name in ("sft/train_en", "sft/train_zh", "preference/train"):
+        write_lines(directory / f"{name}.jsonl.gz", [chat(f"{name} request {i}") for i in range(5)])
+    for name in ("en_00", "zh_00"):
+        text = "Once upon a time. " * 40
+        write_lines(directory / f"pretrain/{name}.jsonl.gz", [{"text": text, "lang": "en", "source": FREE}])
+    return directory
