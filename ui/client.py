@@ -79,6 +79,7 @@ class TextDelta:
 class Finish:
     reason: str | None  # "stop", "length", "content_filter"; None when the stream ended without one
     completion_tokens: int | None
+    refusal: str | None = None  # why the rest of the answer was withheld, in the server's words
 
 
 ChatEvent: TypeAlias = TextDelta | Finish
@@ -182,6 +183,7 @@ class ApiClient:
 async def _chat_events(response: httpx.Response) -> AsyncGenerator[ChatEvent, None]:
     reason: str | None = None
     completion_tokens: int | None = None
+    refusal: str | None = None
     async for line in response.aiter_lines():
         if not line.startswith("data:"):
             continue  # blank separators, comments that keep the connection alive
@@ -196,10 +198,11 @@ async def _chat_events(response: httpx.Response) -> AsyncGenerator[ChatEvent, No
             completion_tokens = cast("dict[str, Any]", usage).get("completion_tokens")
         for choice in cast("list[dict[str, Any]]", chunk.get("choices") or []):
             reason = choice.get("finish_reason") or reason
-            text = (choice.get("delta") or {}).get("content")
-            if text:
-                yield TextDelta(text)
-    yield Finish(reason, completion_tokens)
+            delta = cast("dict[str, Any]", choice.get("delta") or {})
+            refusal = delta.get("refusal") or refusal
+            if delta.get("content"):
+                yield TextDelta(delta["content"])
+    yield Finish(reason, completion_tokens, refusal)
 
 
 def _headers(authorization: str | None) -> dict[str, str]:

@@ -164,6 +164,9 @@ def _finished(turn: Turn, arrivals: _Arrivals, *, stopped: bool) -> Turn:
     if arrivals.problem is not None:
         return _failed(turn, arrivals.problem)
     reason = arrivals.finish.reason if arrivals.finish else None
+    if arrivals.finish and arrivals.finish.refusal:
+        # The server withheld the rest; what has arrived was judged and stays, but is not sent again.
+        return replace(turn, status=TurnStatus.REFUSED, notice=arrivals.finish.refusal)
     if reason == "content_filter":
         # The server is set to answer with a refusal; its sentence is the notice, not something the model said.
         return replace(turn, answer="", status=TurnStatus.REFUSED, notice=turn.answer or _NOTICES[ProblemKind.REFUSED])

@@ -28,6 +28,7 @@ class Answer:
 
     pieces: Sequence[str] = ()
     finish_reason: str | None = "stop"
+    refusal: str | None = None  # why the rest is withheld
     status: int = 200
     error: dict[str, Any] | None = None  # with status 200: sent in the middle of the stream, after the pieces
     is_gated: bool = False  # each piece waits for `release`
@@ -97,7 +98,7 @@ class ScriptedApi:
             if answer.error is not None:
                 yield f"data: {json.dumps({'error': answer.error})}\n\n"
             else:
-                yield _chunk({}, answer.finish_reason)
+                yield _chunk({"refusal": answer.refusal} if answer.refusal else {}, answer.finish_reason)
                 usage = {"prompt_tokens": 5, "completion_tokens": len(answer.pieces), "total_tokens": 9}
                 yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
             yield "data: [DONE]\n\n"

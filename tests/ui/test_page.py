@@ -185,6 +185,17 @@ def test_a_refusal_that_comes_as_an_answer_is_not_sent_again(page: Page, api: Sc
     assert sent(api, 1) == [("user", "something else")]
 
 
+def test_an_answer_whose_rest_is_withheld_keeps_its_words_and_is_not_sent_again(page: Page, api: ScriptedApi) -> None:
+    api.will_answer("First, ", finish_reason="content_filter", refusal="The rest was withheld.")
+    say(page, "something")
+    expect(page.locator(".causerie-notice.refused")).to_have_text("The rest was withheld.")
+    expect(answers(page)).to_contain_text("First,")
+    expect_idle(page)
+    say(page, "something else")
+    expect(answers(page).nth(1)).to_contain_text("fine")
+    assert sent(api, 1) == [("user", "something else")]
+
+
 def test_a_busy_server_says_when_to_try_again(page: Page, api: ScriptedApi) -> None:
     api.will_refuse(429, "queue_full", "full", **{"Retry-After": "7"})
     say(page, "Hello")

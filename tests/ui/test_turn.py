@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from ui.client import ApiProblem, ChatEvent, Finish, ProblemKind, TextDelta
-from ui.conversation import Turn, TurnStats, TurnStatus
+from ui.conversation import Turn, TurnStats, TurnStatus, messages_to_send
 from ui.turn import RunningTurns, StopSwitch, run_turn
 
 pytestmark = pytest.mark.unit
@@ -137,6 +137,12 @@ async def test_how_it_finished_is_told(reason: str | None, status: TurnStatus) -
 async def test_a_refusal_that_comes_as_text_is_a_notice_not_an_answer() -> None:
     turn = await last_of(stream(TextDelta("I cannot."), Finish("content_filter", 2)))
     assert (turn.status, turn.answer, turn.notice) == (TurnStatus.REFUSED, "", "I cannot.")
+
+
+async def test_an_answer_whose_rest_is_withheld_keeps_its_words_and_says_why() -> None:
+    turn = await last_of(stream(TextDelta("First, "), Finish("content_filter", 9, "The rest was withheld.")))
+    assert (turn.status, turn.answer, turn.notice) == (TurnStatus.REFUSED, "First, ", "The rest was withheld.")
+    assert [message.content for message in messages_to_send("", [turn], "go on")] == ["go on"]
 
 
 @pytest.mark.parametrize("kind", list(ProblemKind))
