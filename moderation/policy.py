@@ -21,11 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from moderation.cascade import load_classifier
 from moderation.categories import Category, complete_flags, complete_scores
-from moderation.classifier import NgramClassifier, Scores, TextClassifier
+from moderation.classifier import Scores, TextClassifier
 from moderation.errors import ModerationError
 from moderation.features import CJK
 from moderation.presets import DEFAULT_PRESET, Language, PresetName, language_of
+from moderation.readings import readings
 
 __all__ = [
     "CJK_DENSITY",
@@ -130,12 +132,12 @@ class Policy:
         classifier: TextClassifier,
         options: PolicyOptions = PolicyOptions(),
         *,
-        readings: Callable[[str], Sequence[str]] | None = None,
+        readings: Callable[[str], Sequence[str]] = readings,
     ) -> None:
-        """readings: the forms in which a text is judged, itself first; None takes `moderation.readings`."""
+        """readings: the forms in which a text is judged, itself first."""
         self.options = options
         self._classifier = classifier
-        self._readings = readings or _as_it_stands
+        self._readings = readings
         self._cache = _ScoreCache(options.cached_windows)
         for name, sensitivity in (("input", options.input), ("output", options.output)):
             _check_sensitivity(name, sensitivity, classifier)
@@ -319,10 +321,6 @@ def _check_sensitivity(direction: str, sensitivity: Sensitivity, classifier: Tex
         raise ModerationError(f"{direction} has neither a preset nor a threshold, so nothing would ever be flagged")
 
 
-def _as_it_stands(text: str) -> Sequence[str]:
-    return (text,)
-
-
 def split_windows(text: str, options: WindowOptions) -> list[str]:
     """Overlapping pieces that cover every character of `text`; an empty or blank text has none."""
     if not text.strip():
@@ -345,4 +343,4 @@ def _window_sizes(text: str, options: WindowOptions) -> tuple[int, int]:
 
 def load_policy(directory: Path | None = None, *, options: PolicyOptions = PolicyOptions()) -> Policy:
     """The shipped classifier (or the one in `directory`) behind a policy. Raises ModerationError, at start only."""
-    return Policy(NgramClassifier.load(directory), options)
+    return Policy(load_classifier(directory), options)
