@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,19 +35,19 @@ async def create_chat_completion(request: Request, services: Services, generatio
     shape = ChatShape(f"chatcmpl-{context.request_id}", model, int(time.time()), asked)
     turns = tuple(Turn(message.role, message.content) for message in asked.messages)
 
-    moderation = Moderation(services, services.rules_of_key(key_name_of(request)), context.request_id)
-    verdict = await moderation.judge_input(turns)
-    turn = TurnContext(context.request_id, model, moderation, turns, verdict)
-    if moderation.refuses(verdict):
-        return await refuse(services, shape, asked.stream, turn, asked.sampling.num_choices, "messages")
-
+    # Before it is judged: what is too long for the model would cost a judgement without end.
     prompt_ids = await render(model, asked.messages)
     sampling = resolve_sampling(
         asked.sampling, model.defaults, len(prompt_ids), max_context(services, model), limits.max_tokens
     )
+    moderation = Moderation(services, services.rules_of_key(key_name_of(request)), context.request_id)
+    verdict = await moderation.judge_input(turns)
+    turn = TurnContext(context.request_id, model, moderation, turns, verdict, tuple(prompt_ids))
+    if moderation.refuses(verdict):
+        return await refuse(services, shape, asked.stream, turn, asked.sampling.num_choices, "messages")
+
     generation = generations.start(context, [prompt_ids], [sampling], asked.sampling.num_choices)
     answer = Answer(generation, model.tokenizer, moderation, has_logprobs=shape.has_logprobs)
-    turn = replace(turn, prompt_ids=tuple(prompt_ids))
     return await respond(request, services, generation, answer, shape, asked.stream, turn)
 
 

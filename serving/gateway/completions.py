@@ -40,17 +40,17 @@ async def create_completion(request: Request, services: Services, generations: G
     shape = CompletionShape(f"cmpl-{context.request_id}", model, int(time.time()), asked, prompts)
     num_choices = asked.sampling.num_choices
 
+    room = max_context(services, model)
+    sampling = [
+        resolve_sampling(asked.sampling, model.defaults, len(prompt.ids), room, limits.max_tokens, param="prompt")
+        for prompt in prompts
+    ]
     moderation = Moderation(services, services.rules_of_key(key_name_of(request)), context.request_id)
     verdict = await moderation.judge_input(*([turn] for turn in turns))
     turn = TurnContext(context.request_id, model, moderation, turns, verdict)
     if moderation.refuses(verdict):
         return await refuse(services, shape, asked.stream, turn, num_choices * len(prompts), "prompt")
 
-    room = max_context(services, model)
-    sampling = [
-        resolve_sampling(asked.sampling, model.defaults, len(prompt.ids), room, limits.max_tokens, param="prompt")
-        for prompt in prompts
-    ]
     if asked.echoes_prompt and shape.has_logprobs:
         scoring = score_prompts(services.engine, context.request_id, prompts, sampling[0].num_top_logprobs or 0)
         shape.scores.extend(await unless_client_gone(request, scoring))
