@@ -127,8 +127,13 @@ def no_phrases(directory: Path, seed: int, rows_per_line: int) -> list[Row]:
     return []
 
 
+def no_plots(report: Report, folder: Path) -> list[str]:
+    return []
+
+
 def test_training_leaves_better_weights_in_place_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moderation.corpus.expand_phrases", no_phrases)
+    monkeypatch.setattr("moderation.publish.write_plots", no_plots)
     data, out = write_training_data(tmp_path / "data"), tmp_path / "weights"
     ngram = NgramOptions(iterations=3, features=FeatureOptions(bucket_bits=10))
     options = TrainOptions(data, out, rows_per_line=1, passages=3, ngram=ngram, encoder=None)
