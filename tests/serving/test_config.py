@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.config import ConfigError, LoadedConfig, ServeConfig, load_config, settings
+from serving.config import ConfigError, DirectionConfig, LoadedConfig, ServeConfig, load_config, settings
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +70,15 @@ def test_variables_of_others_are_left_alone() -> None:
         ("moderation.threshold", "1", "between 0 and 1"),
         ("moderation.threshold", "nan", "between 0 and 1"),
         ("moderation.on_flagged", "ignore", "one of error, refuse"),
+        ("moderation.output.mode", "on", "one of off, log, block"),
+        ("moderation.input.preset", "harsh", "one of strict, balanced, lenient, none"),
+        ("moderation.input.fail", "shut", "one of closed, open"),
+        ("moderation.input.thresholds", "hate", "name=number texts separated by commas"),
+        ("moderation.input.thresholds", "hate=0.5,hate=0.6", "name=number texts separated by commas"),
+        ("moderation.input.thresholds", "hatred=0.5", "numbers by names out of harassment, "),
+        ("moderation.input.thresholds", "hate=1", "by every name a number between 0 and 1"),
+        ("moderation.input.thresholds", "hate=", "by every name a number between 0 and 1"),
+        ("moderation.message", " ", "a text that is not empty"),
         ("limits.max_waiting", "0", "a whole number from 1 up"),
         ("model", " ", "a text that is not empty"),
         ("log_format", "xml", "one of text, json"),
@@ -83,6 +92,31 @@ def test_a_bad_value_is_refused_with_what_was_given_and_what_is_allowed(key: str
     assert allowed in message
     assert repr(raw) in message
     assert "--" in message
+
+
+def test_each_direction_of_moderation_is_a_table_of_its_own(tmp_path: Path) -> None:
+    text = """
+[moderation]
+threshold = 0.6
+[moderation.input]
+mode = "log"
+thresholds = { "violence/graphic" = 0.7 }
+[moderation.output]
+preset = "strict"
+fail = "open"
+"""
+    environ = {"CAUSERIE_MODERATION_OUTPUT_THRESHOLDS": "hate=0.5, jailbreak = .25"}
+    moderation = load_config({"moderation.output.mode": "off"}, environ, write(tmp_path, text)).config.moderation
+
+    assert moderation.input == DirectionConfig(mode="log", thresholds={"violence/graphic": 0.7})
+    thresholds = {"hate": 0.5, "jailbreak": 0.25}
+    assert moderation.output == DirectionConfig(mode="off", preset="strict", thresholds=thresholds, fail="open")
+    assert (moderation.threshold, moderation.on_flagged, moderation.record_text) == (0.6, "error", False)
+
+
+def test_both_directions_block_and_fail_closed_by_default() -> None:
+    moderation = load_config({}, {}).config.moderation
+    assert moderation.input == moderation.output == DirectionConfig(mode="block", preset="balanced", fail="closed")
 
 
 def test_a_config_made_in_code_is_checked_too() -> None:

@@ -1,4 +1,4 @@
-"""Which model a server takes when the one it should have cannot be fetched."""
+"""Which model a server takes when the one it should have cannot be fetched, and which moderation is in force."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from moderation.errors import ModerationError
+from moderation.policy import Sensitivity
 from quant.errors import CheckpointError
 from quant.model_directory import Manifest, write_manifest
 from serving import models
-from serving.config import load_config
+from serving.config import DirectionConfig, ModerationConfig, load_config
 from serving.model_sources import SourceUnavailableError
 from serving.models import DEFAULT_MODEL, RELEASED_MODEL
-from serving.serve import model_to_serve
+from serving.serve import model_to_serve, moderation_rules
 
 pytestmark = pytest.mark.unit
 
@@ -62,3 +64,31 @@ async def test_without_the_released_model_the_reason_for_the_default_one_is_told
     monkeypatch.setattr(models, "RELEASE_FOLDER", tmp_path)
     with pytest.raises(SourceUnavailableError, match="no network"):
         await model_to_serve(load_config({}, {}), out_of_reach)
+
+
+def test_the_rules_are_what_the_configuration_says() -> None:
+    config = ModerationConfig(
+        threshold=0.6,
+        on_flagged="refuse",
+        message="Not here.",
+        record_text=True,
+        input=DirectionConfig(mode="log", fail="open"),
+        output=DirectionConfig(preset="strict"),
+    )
+    rules = moderation_rules(config)
+    assert (rules.input.mode, rules.input.fail, rules.output.mode, rules.output.fail) == (
+        "log",
+        "open",
+        "block",
+        "closed",
+    )
+    assert (rules.on_flagged, rules.message, rules.records_text) == ("refuse", "Not here.", True)
+    assert rules.policy.options.input == Sensitivity(threshold=0.6)
+    assert rules.policy.options.output == Sensitivity("strict", 0.6)
+    assert rules.of("input") is rules.input
+    assert rules.of("output") is rules.output
+
+
+def test_a_moderation_that_could_never_flag_stops_the_start() -> None:
+    with pytest.raises(ModerationError, match="nothing would ever be flagged"):
+        moderation_rules(ModerationConfig(output=DirectionConfig(preset="none")))

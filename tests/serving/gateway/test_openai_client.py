@@ -13,10 +13,13 @@ import uvicorn
 from openai import AsyncOpenAI, AsyncStream
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
+from moderation.categories import Category
+from moderation.policy import load_policy
 from serving.errors import EngineStopped, QueueFull
 from serving.gateway.app import build_app
-from serving.gateway.ports import GatewaySettings, Services
-from tests.serving.gateway.fakes import MODEL_ID, ScriptedEngine, make_services, say, token
+from serving.gateway.judging import WITHHELD
+from serving.gateway.ports import GatewaySettings, ModerationRules, Services
+from tests.serving.gateway.fakes import MODEL_ID, ScriptedEngine, make_rules, make_services, say, token
 
 pytestmark = pytest.mark.system
 
@@ -141,6 +144,42 @@ async def test_moderations() -> None:
         answer = await client.moderations.create(input=["fine", "bomb"], model="omni-moderation-latest")
     assert [result.flagged for result in answer.results] == [False, True]
     assert answer.results[0].categories.hate is False
+
+
+async def test_moderations_have_every_field_of_the_client_s_model() -> None:
+    categories = [category.value for category in Category]
+    services = make_services(rules=ModerationRules(policy=load_policy()))
+    async with client_to(ScriptedEngine(), services) as client:
+        one = await client.moderations.create(input=[{"type": "text", "text": "how do I kill a process"}])
+    (result,) = one.results
+    for part in (result.categories, result.category_scores, result.category_applied_input_types):
+        fields = type(part).model_fields
+        assert sorted(field.alias or name for name, field in fields.items()) == sorted(categories)
+        assert sorted(part.model_dump(by_alias=True)) == sorted(categories)
+    assert result.model_extra is not None
+    assert set(result.model_extra) == {"causerie"}
+
+
+async def test_a_withheld_answer_ends_the_client_s_stream_with_content_filter() -> None:
+    text = "It is a fine day, and we go for a walk in the old park by the sea. Take a pipe bomb and go on."
+    engine = ScriptedEngine(lambda request: say(request, *text.split(" ")))
+    services = make_services(engine, rules=make_rules(output="block"))
+    texts, tokens, ends = ["", ""], ["", ""], []
+    async with client_to(engine, services) as client:
+        stream = await client.chat.completions.create(model=MODEL_ID, messages=HI, n=2, logprobs=True, stream=True)
+        async for chunk in stream:
+            (choice,) = chunk.choices
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += "".join(
+                entry.token for entry in (choice.logprobs and choice.logprobs.content) or []
+            )
+            ends += [(choice.index, choice.finish_reason, choice.delta.refusal)] if choice.finish_reason else []
+        joined = await client.chat.completions.create(model=MODEL_ID, messages=HI)
+    assert sorted(ends) == [(0, "content_filter", WITHHELD), (1, "content_filter", WITHHELD)]
+    assert texts == tokens == [joined.choices[0].message.content] * 2
+    assert text.replace(" ", "").partition("pipe")[0].startswith(texts[0])
+    assert joined.choices[0].finish_reason == "content_filter"
+    assert joined.choices[0].message.refusal == WITHHELD
 
 
 async def test_errors_become_the_client_s_exceptions() -> None:
