@@ -56,11 +56,16 @@ class Network(nn.Module):
 
     def forward(self, ids: Tensor, is_token: Tensor) -> Tensor:
         """ids: (batch, tokens) int64; is_token: the same shape, bool, False on padding. Returns (batch, outputs)."""
+        pooled = self._pooled(self.states(ids, is_token).float(), is_token)
+        return self.head(functional.dropout(pooled, self.dropout, self.training))
+
+    def states(self, ids: Tensor, is_token: Tensor) -> Tensor:
+        """What the last layer makes of each token, (batch, tokens, hidden)."""
         places = self.places.weight[: ids.shape[1]]
         states = functional.dropout(self.norm(self.words(ids) + places), self.dropout, self.training)
         for layer in self.layers:
             states = layer(states, is_token, self.dropout)
-        return self.head(functional.dropout(self._pooled(states.float(), is_token), self.dropout, self.training))
+        return states
 
     def _pooled(self, states: Tensor, is_token: Tensor) -> Tensor:
         """(batch, tokens, hidden) to (batch, 2 * hidden): the mean over tokens, and their learnt weighting."""
