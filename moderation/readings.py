@@ -18,7 +18,7 @@ from moderation.unmask import CJK, fold_characters, unmask
 
 __all__ = ["MAX_READINGS", "readings"]
 
-MAX_READINGS = 4
+MAX_READINGS = 7
 # Codes inside one another.
 MAX_DEPTH = 3
 
@@ -44,6 +44,7 @@ MENTIONS_CIPHER = re.compile(
     r"\b(?:rot-?13|caesar|cipher|cypher|decipher|decode|decrypt|unscramble)|解码|解密|凯撒|密文", re.I
 )
 MENTIONS_REVERSAL = re.compile(r"\b(?:revers|backward)|反过来|倒过来|倒着|倒序|反转|逆序|反着", re.I)
+CHINESE_BORDER = re.compile('[:\uff1a\u3002\uff0c,\n\u201c\u201d"]')
 MIN_CODED_WORDS = 2
 MAX_PLAIN_BETWEEN = 2
 MIN_ENGLISH = 0.6
@@ -59,8 +60,9 @@ LETTERS = re.compile(r"[^\W\d_]+")
 def readings(text: str) -> list[str]:
     """1 to MAX_READINGS texts, the unmasked one first; each at most four times as long as `text`.
 
-    All codes are undone in one reading, so that harmless codes beside a harmful one cannot crowd it out; the framing
-    stays around them. What reads backwards has readings of its own.
+    All codes are undone in one reading, so that harmless codes beside a harmful one cannot crowd it out. The framing
+    stays around them there, and is left out of a second one, where it cannot make harmless what it frames. What reads
+    backwards has readings of its own.
     """
     decoded = text
     for _ in range(MAX_DEPTH):
@@ -69,8 +71,30 @@ def readings(text: str) -> list[str]:
             decoded = decode(decoded)
         if decoded == before:
             break
-    forms = dict.fromkeys([text, decoded, *_reversals(decoded)])
+    forms = dict.fromkeys([text, decoded, _changed_part(text, decoded), *_reversals(decoded)])
     return list(dict.fromkeys(map(unmask, forms)))
+
+
+def _changed_part(before: str, after: str) -> str:
+    """`after` from the first word that differs to the last; all of it if nothing does."""
+    if before == after:
+        return after
+    start = _common_start(before, after)
+    stop = len(after) - _common_start(before[start:][::-1], after[start:][::-1])
+    while start > 0 and _is_ascii_word(after[start - 1]):
+        start -= 1
+    while stop < len(after) and _is_ascii_word(after[stop]):
+        stop += 1
+    return after[start:stop]
+
+
+def _common_start(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _is_ascii_word(character: str) -> bool:
+    return character.isascii() and character.isalnum()
 
 
 def _decode_hidden(text: str) -> str:
@@ -163,10 +187,12 @@ def _reversals(text: str) -> Iterator[str]:
     folded = fold_characters(LETTERS.sub(_turn, text) if TURNED.search(text) else text)
     turned = _replace_coded(folded, _reverse, _reverse, MENTIONS_REVERSAL)
     if turned != folded:
-        yield turned
-        yield _replace_coded(folded, _reverse, _reverse_words, MENTIONS_REVERSAL)
+        by_word = _replace_coded(folded, _reverse, _reverse_words, MENTIONS_REVERSAL)
+        yield from (turned, _changed_part(folded, turned), by_word, _changed_part(folded, by_word))
     elif CJK_LETTER.search(folded) and MENTIONS_REVERSAL.search(folded):
+        parts = [part for part in CHINESE_BORDER.split(folded) if not MENTIONS_REVERSAL.search(part)]
         yield _reverse(folded)
+        yield "".join(map(_reverse, parts))
 
 
 def _turn(match: re.Match[str]) -> str:
