@@ -17,6 +17,7 @@ from moderation.card_tables import (
     learnt_from,
     ordinary_line,
     preset_line,
+    robustness_table,
     test_lines,
 )
 from moderation.corpus import MEANT_AS_HARMFUL
@@ -172,7 +173,7 @@ def render_card(facts: CardFacts, report: Report, pictures: Sequence[str] = ()) 
         pictures="\n\n".join(f"![{PICTURES[name]}]({name})" for name in pictures),
         tests="\n".join(line for test in files for line in test_lines(test)),
         category_scores=category_table(report.tests),
-        robustness="",
+        robustness=robustness_table(report.robustness),
         examples="\n".join(example_lines(report.examples)),
         limits=LIMITS.format(worst=_worst_functions(report)),
         groups="\n\n".join(table for test in files for table in group_tables(test)),

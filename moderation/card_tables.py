@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from moderation.goals import Figure
 from moderation.metrics import Share
 from moderation.report import CheckListReport, Example, FileReport, OrdinaryReport, PresetReport
+from moderation.robustness import RobustnessReport
 
 __all__ = [
     "category_table",
@@ -20,6 +21,7 @@ __all__ = [
     "ordinary_line",
     "percent",
     "preset_line",
+    "robustness_table",
     "test_lines",
 ]
 
@@ -92,6 +94,21 @@ def category_table(tests: Sequence[FileReport]) -> str:
     return f"\n{about}{head}{chr(10).join(lines)}\n" if lines else ""
 
 
+def robustness_table(found: RobustnessReport | None) -> str:
+    """Recall and false positives under each disguise, by language; empty if that was not measured."""
+    if found is None or not found.results:
+        return ""
+    lines = [
+        f"| {one.mutation or 'as it was'} | {one.language} | {_of(one.harmful_flagged, one.harmful)} "
+        f"| {'' if one.mutation is None else f'{100.0 * found.lost_recall(one):.1f}'} "
+        f"| {_of(one.harmless_flagged, one.harmless)} |"
+        for one in found.results
+    ]
+    head = "| disguise | language | recall | points lost | false positives |\n|---|---|--:|--:|--:|\n"
+    about = "Rows of dev under disguises, at the default threshold:\n\n"
+    return f"\n{about}{head}{chr(10).join(lines)}\n"
+
+
 def example_lines(examples: Sequence[Example]) -> list[str]:
     if not examples:
         return ["None was found."]
@@ -153,6 +170,10 @@ def escaped(text: str) -> str:
     one_line = "".join(char if char.isprintable() else " " for char in " ".join(printable.split()))
     marks = "\\`*_[]|"
     return html.escape("".join(f"\\{char}" if char in marks else char for char in one_line), quote=False)
+
+
+def _of(hits: int, count: int) -> str:
+    return f"{hits / count:.3f} of {count}" if count else ""
 
 
 def _in_unit(figure: Figure, value: float) -> str:

@@ -21,6 +21,7 @@ from moderation.metrics import FlagArray, Share
 from moderation.policy import Policy, Turn, Verdict
 from moderation.presets import LANGUAGES, PRESETS
 from moderation.report import CheckListReport, OrdinaryReport, PresetReport, Report
+from moderation.robustness import RobustnessReport, measure_robustness
 from moderation.rows import (
     DataFile,
     Licences,
@@ -38,6 +39,8 @@ __all__ = ["evaluate_policy", "refused_conversations"]
 # Harmful requests in both languages that no training source is related to.
 REQUESTS_FILE = "moderation/test_user_prompts_crossdomain.jsonl.gz"
 CHUNK_ROWS = 256
+# Every row is judged once for each mutation, of which there are more than a dozen.
+ROBUSTNESS_ROWS, ROBUSTNESS_SEED = 300, 0
 LATENCY_TOKENS, LATENCY_MESSAGES = 64, 200
 
 
@@ -102,6 +105,7 @@ def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Repor
         dev=file_report(dev, names),
         presets=_preset_reports(policy, ordinary, [one for one in tests if one.file.name == REQUESTS_FILE]),
         check_lists=[_check_list_report(judge.rows(file, rows)) for file, rows in material.check_lists],
+        robustness=_robustness(policy, material.dev[1], progress),
         examples=worst_examples(dev, ordinary, material.licences),
         latencies=[
             _latency(policy, "ordinary first turns", [rows for _, rows, _ in material.ordinary]),
@@ -202,6 +206,15 @@ def _share_above(pairs: Sequence[tuple[Row, Verdict]], language: str, threshold:
 def _check_list_report(judged: Judged) -> CheckListReport:
     wrong = [row.text for row, verdict in judged.pairs if verdict.flagged != (row.label == 1)]
     return CheckListReport(judged.file.name, len(judged.rows), wrong)
+
+
+def _robustness(policy: Policy, dev: Sequence[Row], progress: ProgressSink) -> RobustnessReport:
+    """Of rows spread over dev, whose text comes in no order that matters."""
+    chosen = dev[:: -(-len(dev) // ROBUSTNESS_ROWS)]
+    progress.update("judging disguises", 0, 1)
+    found = measure_robustness(policy, chosen, ROBUSTNESS_SEED)
+    progress.update("judging disguises", 1, 1)
+    return found
 
 
 def _latency(policy: Policy, of: str, files: Sequence[Sequence[Row]]) -> Latency:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moderation.metrics import Measures, Share
+from moderation.presets import LANGUAGES
 from moderation.report import FileReport, Report
 
 __all__ = ["TEST_GOALS", "Figure", "TestGoal", "headline_figures", "headline_measure"]
@@ -26,6 +27,7 @@ MAX_P50_MS, MAX_P99_MS = 8.0, 25.0
 # Of a cascade: what its second stage may take where the first is unsure.
 MAX_CASCADE_P99_MS = 60.0
 MAX_WEIGHTS_MB = 30.0
+MAX_LOST_RECALL_POINTS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ def headline_figures(report: Report, weights_bytes: int | None = None, *, is_cas
         *_threshold_figures(report),
         *_area_figures(report),
         *_calibration_figures(report),
+        *_robustness_figures(report),
         *_cost_figures(report, weights_bytes, MAX_CASCADE_P99_MS if is_cascade else MAX_P99_MS),
     ]
 
@@ -131,6 +134,20 @@ def _calibration_figures(report: Report) -> Iterator[Figure]:
     for test in files:
         about = f"{test.short_name}, calibration error"
         yield Figure(about, test.overall.calibration_error, "area", MAX_CALIBRATION_ERROR, is_upper_bound=True)
+
+
+def _robustness_figures(report: Report) -> Iterator[Figure]:
+    """The mutation of each language that costs most; the others are in a table of their own."""
+    found = report.robustness
+    if found is None:
+        return
+    for language in LANGUAGES:
+        mutated = [one for one in found.results if one.language == language and one.mutation is not None]
+        if mutated:
+            worst = max(mutated, key=found.lost_recall)
+            about = f"dev, {language}: recall lost by the worst disguise ({worst.mutation})"
+            lost = 100.0 * found.lost_recall(worst)
+            yield Figure(about, lost, "points", MAX_LOST_RECALL_POINTS, is_upper_bound=True)
 
 
 def _cost_figures(report: Report, weights_bytes: int | None, max_p99_ms: float) -> Iterator[Figure]:

@@ -16,6 +16,7 @@ from moderation.errors import ModerationError
 from moderation.latency import Latency
 from moderation.metrics import CurvePoint, Measures, ReliabilityBin, Share
 from moderation.presets import Language, PresetName
+from moderation.robustness import RobustnessReport
 
 __all__ = [
     "CARD_FILE",
@@ -134,6 +135,7 @@ class Report:
     check_lists: list[CheckListReport] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     latencies: list[Latency] = field(default_factory=list)
+    robustness: RobustnessReport | None = None
 
     def test(self, short_name: str) -> FileReport | None:
         return next((test for test in self.tests if test.short_name == short_name), None)

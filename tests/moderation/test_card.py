@@ -8,7 +8,9 @@ from moderation.card import CardFacts, StageFacts, render_card
 from moderation.card_tables import escaped, learnt_from
 from moderation.latency import Latency
 from moderation.metrics import Share
+from moderation.mutations import MUTATIONS
 from moderation.report import CategoryMeasures, CheckListReport, Example, OrdinaryReport, PresetReport, Report
+from moderation.robustness import MutationReport, RobustnessReport
 from tests.moderation.test_gate import MEASURES, file_report
 
 pytestmark = pytest.mark.unit
@@ -54,6 +56,9 @@ REPORT = Report(
     presets=[PresetReport("strict", "zh", 0.25, Share(2, 200), Share(30, 40))],
     check_lists=[CheckListReport("everyday.jsonl", 60, ["kill the lights"])],
     examples=[Example("false positive", "a | b\n*c*", "en", "cold", "none", 0.987)],
+    robustness=RobustnessReport(
+        "words-1", 0, (MutationReport(None, "en", 40, 36, 50, 5), MutationReport(MUTATIONS[0], "en", 40, 30, 50, 6))
+    ),
     latencies=[Latency("test files", 64, 200, 3.25, 66.0)],
 )
 
@@ -78,6 +83,9 @@ def card() -> str:
         "| weights | 21.5 MB | ≤ 30.0 MB | met |",
         "| strict | zh | 0.2500 | 1.00% of 200 | 75.00% of 40 |",
         "1 of 60 judged wrongly: “kill the lights”",
+        f"| {MUTATIONS[0]} | en | 0.750 of 40 | 15.0 | 0.120 of 50 |",
+        "| as it was | en | 0.900 of 40 |  | 0.100 of 50 |",
+        f"worst disguise ({MUTATIONS[0]}) | 15.0 points | ≤ 10.0 points | **missed** |",
         "4 of 900 in sft/val.jsonl.gz",
         "![Precision against recall",
         "| hate | test_hatecheck | 40 | 0.910 | 0.820 |",
@@ -94,7 +102,7 @@ def test_card_says_what_facts_and_report_say(card: str, words: str) -> None:
 def test_every_goal_that_is_missed_is_named_as_missed_once_more(card: str) -> None:
     missed = [line.split(" | ")[0].removeprefix("| ") for line in card.splitlines() if line.endswith("| **missed** |")]
 
-    assert len(missed) == 4
+    assert len(missed) == 5
     assert f"**{len(missed)} of " in card
     assert all(f"\n- {about}\n" in card for about in missed)
 

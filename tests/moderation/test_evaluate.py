@@ -23,7 +23,8 @@ class CountedProgress:
         self.seen: list[tuple[float, float]] = []
 
     def update(self, stage: str, done: float, total: float) -> None:
-        self.seen.append((done, total))
+        if stage == "judging":
+            self.seen.append((done, total))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,13 @@ def test_presets_are_counted_at_the_threshold_of_the_rows_language(report: Repor
     assert found["lenient", "en"].recall == Share(1, 1)
     assert found["balanced", "en"].false_positives == Share(2, 4)
     assert found["balanced", "zh"].threshold == pytest.approx(0.4)
+
+
+def test_dev_rows_are_judged_under_disguises_in_each_of_their_languages(report: Report) -> None:
+    assert report.robustness is not None
+    undisguised = report.robustness.of(None, "en")
+    assert (undisguised.harmful, undisguised.harmful_flagged, undisguised.harmless) == (3, 1, 2)
+    assert len({one.mutation for one in report.robustness.results}) > 10
 
 
 def test_check_lists_name_the_sentences_that_are_wrong(report: Report) -> None:
