@@ -1,4 +1,4 @@
-"""What no honest client sends, through the shipped policy: an answer in bounded work or an error, never a silent pass."""
+"""What no honest client sends, through the shipped policy: an answer in bounded work or an error, never a pass."""
 
 from __future__ import annotations
 
