@@ -228,6 +228,19 @@ def test_nothing_leaves_once_the_judge_has_failed() -> None:
     assert not stream.take().is_complete
 
 
+def test_what_was_judged_in_the_same_go_as_a_failure_does_not_leave_either() -> None:
+    def judge(window: str) -> Verdict:
+        if "crash" in window:
+            raise RuntimeError("no verdict")
+        return verdict(0.0)
+
+    stream = JudgingFilter(judge)
+    stream.feed("fine " * 30 + "crash " + "fine " * 30)
+    with pytest.raises(RuntimeError):
+        stream.judge()
+    assert (stream.take().text, stream.is_stopped) == ("", True)
+
+
 def test_nothing_is_due_before_a_step_of_the_grid_is_complete() -> None:
     judge = Judge("\0never")
     stream = JudgingFilter(judge)

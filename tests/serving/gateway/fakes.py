@@ -164,6 +164,9 @@ class ScriptedStream:
         return self
 
     async def __anext__(self) -> EngineEvent:
+        if self._engine.is_paced:
+            for _ in range(4):  # the reader sends what came before the next step comes
+                await asyncio.sleep(0)
         while not self._steps:
             if self._num_open == 0:
                 raise StopAsyncIteration
@@ -186,9 +189,10 @@ class ScriptedStream:
 
 
 class ScriptedEngine:
-    """An EnginePort. `script` says what each request's stream plays at once."""
+    """An EnginePort. `script` says what each request's stream plays: at once, or paced, step by step."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, *, is_paced: bool = False) -> None:
+        self.is_paced = is_paced
         self.state = "ready"
         self.stats: EngineStats | None = None
         self.max_context: int | None = None

@@ -121,16 +121,24 @@ def said_in(cuts: Sequence[int], text: str, finish: FinishReason = "stop") -> Ca
 PROSE = st.text(alphabet="abc ,.é天\U0001f600", max_size=120)
 
 
-@given(PROSE, PROSE, st.lists(st.integers(0, 1000), max_size=25), st.booleans(), st.sampled_from([CHAT, COMPLETIONS]))
-@example("", "", [], True, CHAT)
-@example(FINE, FINE, list(range(500)), True, CHAT)
-@example(FINE, FINE, [], False, COMPLETIONS)
+@given(
+    PROSE,
+    PROSE,
+    st.lists(st.integers(0, 1000), max_size=25),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([CHAT, COMPLETIONS]),
+)
+@example("", "", [], True, False, CHAT)
+@example(FINE, FINE, list(range(500)), True, True, CHAT)
+@example(FINE, FINE, list(range(0, 500, 3)), True, True, COMPLETIONS)
+@example(FINE, FINE, [], False, False, COMPLETIONS)
 @settings(max_examples=40, deadline=None)
 async def test_nothing_of_a_flagged_passage_leaves_however_it_is_cut(
-    before: str, after: str, cuts: list[int], is_streamed: bool, path: str
+    before: str, after: str, cuts: list[int], is_streamed: bool, is_paced: bool, path: str
 ) -> None:
     text = before + PASSAGE + after
-    engine = ScriptedEngine(said_in(cuts, text))
+    engine = ScriptedEngine(said_in(cuts, text), is_paced=is_paced)
 
     (got,) = await ask(engine, path, stream=is_streamed, logprobs=True if path == CHAT else 1)
 
@@ -148,7 +156,8 @@ async def test_a_text_that_is_not_flagged_arrives_whole_streamed_and_joined(
     text: str, cuts: list[int], finish: FinishReason
 ) -> None:
     (joined,) = await ask(ScriptedEngine(said_in([], text, finish)), logprobs=True)
-    (streamed,) = await ask(ScriptedEngine(said_in(cuts, text, finish)), logprobs=True, stream=True)
+    paced = ScriptedEngine(said_in(cuts, text, finish), is_paced=True)
+    (streamed,) = await ask(paced, logprobs=True, stream=True)
     for got in (joined, streamed):
         assert got.text == text
         assert got.bytes == text.encode()
@@ -444,8 +453,12 @@ def test_a_filter_that_stops_ends_the_choice() -> None:
     choice = Choice(0, HoldingFilter(), None, "withheld")
     fed(choice, piece("a"))
     assert fed(choice, piece("stop"), piece("b")) == ChoiceDelta(0, "a", [], "content_filter", "withheld")
-    assert fed(choice, piece("more", finish="stop")) is None
-    assert choice.text == "a"
+    assert fed(choice, token(say_nothing(), "more", finish="stop")) is None
+    assert (choice.text, choice.token_ids) == ("a", [])
+
+
+def say_nothing() -> GenerateRequest:
+    return GenerateRequest(request_id="id", prompt_ids=[1], sampling=SamplingParams(max_tokens=1, seed=1))
 
 
 def fed(choice: Choice, *events: TokenEvent) -> ChoiceDelta | None:
