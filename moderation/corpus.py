@@ -35,6 +35,7 @@ __all__ = [
     "CHECK_LISTS",
     "DEV_FILE",
     "MEANT_AS_HARMFUL",
+    "TRAINING_WINDOWS",
     "VALIDATION_FILES",
     "Corpus",
     "LicenceRule",
@@ -54,6 +55,8 @@ BOOK_FILES = ("pretrain/en_00.jsonl.gz", "pretrain/zh_00.jsonl.gz")
 VALIDATION_FILES = ("sft/val.jsonl.gz", "prompts/val.jsonl.gz")
 # Their prompts ask for harm by design and carry no label, so they are nobody's harmless rows.
 MEANT_AS_HARMFUL = ("safety_tuned_refusals", "hh_harmless_base")
+# Shorter than the policy's: what is learnt from short pieces holds in longer ones, and the other way round it dilutes.
+TRAINING_WINDOWS = WindowOptions(window_chars=300, stride_chars=150)
 SHORTEST_PASSAGE_CHARS = 200
 MAX_PIECES = 4
 # Posts and tweets are long already, and what is harmful in them is rarely one sentence.
@@ -138,7 +141,7 @@ def _offered(data: Path, passages: int, rng: random.Random) -> list[tuple[list[R
 
 def _passages(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
     """One passage of a window's length from each of up to `count` long texts."""
-    size = WindowOptions().window_chars
+    size = TRAINING_WINDOWS.window_chars
     long_rows = [row for row in rows if len(row.text) >= SHORTEST_PASSAGE_CHARS]
     drawn = rng.sample(long_rows, min(count, len(long_rows)))
     starts = [rng.randrange(max(1, len(row.text) - size)) for row in drawn]
@@ -160,7 +163,7 @@ def _hidden_in_passages(rows: Sequence[Row], rng: random.Random) -> list[Row]:
             before, after = rng.choice(around), rng.choice(around)
             cut = rng.randrange(60 if lang == "en" else 20)
             text = f"{before[len(before) - cut :]} {row.text} {after}"
-            window = split_windows(text, WindowOptions())[0]
+            window = split_windows(text, TRAINING_WINDOWS)[0]
             hidden.append(replace(row, text=window, source=f"hidden:{row.source}"))
     return hidden
 

@@ -81,13 +81,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class WindowOptions:
-    """Sizes in characters. A text up to `window_chars` is judged in one piece.
+    """Sizes in characters. A text up to `window_chars` is judged in one piece: some hundred tokens.
 
     A Chinese character says about what three Latin letters say: in mostly Chinese text all sizes are a third.
     """
 
-    window_chars: int = 300
-    stride_chars: int = 150
+    window_chars: int = 400
+    stride_chars: int = 200
     joined_chars: int = 1200
 
     def __post_init__(self) -> None:

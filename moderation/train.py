@@ -27,13 +27,13 @@ from moderation.calibrate import (
 from moderation.card import StageFacts
 from moderation.cascade import ENCODER_FOLDER, NGRAM_FOLDER, CascadeClassifier, CascadeConfig, load_classifier
 from moderation.classifier import NgramClassifier, NgramConfig
-from moderation.corpus import Corpus, LicenceRule, collect_corpus, training_pieces, vocabulary_texts
+from moderation.corpus import TRAINING_WINDOWS, Corpus, LicenceRule, collect_corpus, training_pieces, vocabulary_texts
 from moderation.encoder import Encoder
 from moderation.evaluate import evaluate_policy
 from moderation.features import FeatureOptions
 from moderation.gate import check_falls
 from moderation.logistic import build_matrix, fit_logistic
-from moderation.policy import Policy, WindowOptions
+from moderation.policy import Policy
 from moderation.presets import LANGUAGES, PRESETS
 from moderation.pretrained import find_trunk_file
 from moderation.publish import MANIFEST_FILE, write_report
@@ -142,8 +142,8 @@ def train_moderation(options: TrainOptions, progress: ProgressSink) -> Report:
 
 def _train_ngram(corpus: Corpus, options: TrainOptions, progress: ProgressSink) -> NgramClassifier:
     """Fitted and calibrated by itself; its threshold is for use without an encoder."""
-    features, windows = options.ngram.features, WindowOptions()
-    pieces = [(piece, row) for row in corpus.rows for piece in training_pieces(row, windows)]
+    features = options.ngram.features
+    pieces = [(piece, row) for row in corpus.rows for piece in training_pieces(row, TRAINING_WINDOWS)]
     matrix = build_matrix([piece for piece, _ in pieces], features, progress)
     weights, bias = fit_logistic(
         matrix,
