@@ -303,7 +303,7 @@ def _shorten_runs(match: re.Match[str]) -> str:
     word = match[0]
     if not THREE_ALIKE.search(word) or any(c.isdigit() for c in word) or _is_meant(match):
         return word
-    shortened = THREE_ALIKE.sub(r"\1\1", word)
+    shortened = THREE_ALIKE.sub(lambda run: run[0][:2], word)
     runs = list(THREE_ALIKE.finditer(word))
     if not word.isascii() or len(runs) > MAX_RUNS or is_word(shortened.lower()):
         return shortened

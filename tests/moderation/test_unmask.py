@@ -60,6 +60,7 @@ DISGUISES = [
     # repeated letters
     ("kiiiill the boooomb", "kill the bomb"),
     ("zwirrrrrb", "zwirrb"),
+    ("zwIiib", "zwIib"),
     ("杀杀杀杀人", "杀杀人"),
 ]
 
@@ -79,6 +80,7 @@ ORDINARY = [
     "AAA www XIII #ffffff hmm, well: 42 %!",
     "don't, I'm, it's a dog's life",
     "café naïve Zoë Việt Nam Ångström straße smørrebrød",
+    "Вот как там тает снег, а тот рост высок.",
     "Как дела? What does привет mean? λόγος, 10 kΩ, Δx, αβγ, 5 μm, x² + y³",
     "你好，世界！今天（星期四）天气怎么样？赤、橙、黄、绿、青、蓝、紫",
     "时间是“年/月/日 时:分”，比较“狗”和“猫”",
