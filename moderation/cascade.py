@@ -116,11 +116,14 @@ class CascadeClassifier:
     def threshold(self, preset: PresetName, language: Language) -> float:
         return self._config.thresholds[preset][language]
 
+    def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
+        """What the n-grams say alone."""
+        return [self._unread(scores.probability) for scores in self._ngram.scores(texts)]
+
     def scores(self, texts: Sequence[str]) -> list[Scores]:
         """One for each text. Raises ModerationError where a number is not finite."""
-        first = self._ngram.scores(texts)
-        found = [self._unread(scores.probability) for scores in first]
-        is_open = [index for index, scores in enumerate(first) if not scores.probability < self._config.sure_below]
+        found = self.quick_scores(texts)
+        is_open = [index for index, scores in enumerate(found) if not scores.probability < self._config.sure_below]
         if is_open:
             unsure = [texts[index] for index in is_open]
             for index, text, logits in zip(is_open, unsure, self._encoder.logits(unsure), strict=True):

@@ -57,6 +57,10 @@ class TextClassifier(Protocol):
         """One for each text, in order, each as if it were alone."""
         ...
 
+    def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
+        """Like `scores`, in well under a millisecond a text and possibly less exact."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class NgramConfig:
@@ -121,6 +125,9 @@ class NgramClassifier:
     @property
     def weights(self) -> npt.NDArray[np.float32]:
         return self._weights
+
+    def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
+        return self.scores(texts)
 
     def with_config(self, config: NgramConfig) -> NgramClassifier:
         """The same weights with another calibration or threshold."""

@@ -113,12 +113,17 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """`cached_windows`: how many windows of earlier requests keep their scores, known by a hash of their text."""
+    """`cached_windows`: how many windows of earlier requests keep their scores, known by a hash of their text.
+
+    `most_read`: windows of one text or conversation that a slow classifier reads; of more, those that its quick scores
+    find worst. It bounds the time that a megabyte takes.
+    """
 
     input: Sensitivity = Sensitivity()
     output: Sensitivity = Sensitivity()
     windows: WindowOptions = WindowOptions()
     cached_windows: int = 8192
+    most_read: int = 64
 
 
 class Policy:
@@ -166,11 +171,18 @@ class Policy:
     def judge_texts(self, texts: Sequence[str]) -> list[Verdict]:
         """One verdict a text, each by itself, in order."""
         pieces_of_texts = [self._pieces(text) for text in texts]
-        scores = iter(self._scores([piece for pieces in pieces_of_texts for piece in pieces]))
-        return [
-            self._most_severe([(piece, next(scores)) for piece in pieces], self.options.input)
-            for pieces in pieces_of_texts
+        is_short = [len(pieces) <= self.options.most_read for pieces in pieces_of_texts]
+        # Short texts share the classifier's batches.
+        shared = iter(
+            self._scores([p for pieces, short in zip(pieces_of_texts, is_short, strict=True) if short for p in pieces])
+        )
+        judged = [
+            [(piece, next(shared)) for piece in pieces]
+            if short
+            else list(zip(pieces, self._bounded_scores(pieces), strict=True))
+            for pieces, short in zip(pieces_of_texts, is_short, strict=True)
         ]
+        return [self._most_severe(scores, self.options.input) for scores in judged]
 
     def judge_output(self, context: str, text: str) -> Verdict:
         """Judges a window of generated text.
@@ -205,15 +217,26 @@ class Policy:
         keys = {piece: _key(piece) for piece in pieces}
         known = {piece: scores for piece, key in keys.items() if (scores := self._cache.get(key)) is not None}
         missing = [piece for piece in keys if piece not in known]
-        for piece, scores in zip(missing, self._scores(missing), strict=True):
+        for piece, scores in zip(missing, self._bounded_scores(missing), strict=True):
             known[piece] = scores
             self._cache.put(keys[piece], scores)
         return list(known.items())
 
+    def _bounded_scores(self, pieces: Sequence[str]) -> list[Scores]:
+        """Scores of one text's windows: of too many, the worst by quick scores are read and the others keep those."""
+        most = self.options.most_read
+        if len(pieces) <= most:
+            return self._scores(pieces)
+        found = self._checked(pieces, self._classifier.quick_scores(pieces))
+        worst = sorted(range(len(pieces)), key=lambda index: -found[index].probability)[:most]
+        for index, scores in zip(worst, self._scores([pieces[index] for index in worst]), strict=True):
+            found[index] = scores
+        return found
+
     def _scores(self, pieces: Sequence[str]) -> list[Scores]:
-        if not pieces:
-            return []
-        found = self._classifier.scores(pieces)
+        return self._checked(pieces, self._classifier.scores(pieces)) if pieces else []
+
+    def _checked(self, pieces: Sequence[str], found: list[Scores]) -> list[Scores]:
         if len(found) != len(pieces) or not all(_are_probabilities(scores) for scores in found):
             raise ModerationError(f"classifier {self.model_id} did not return one probability for each text")
         return found

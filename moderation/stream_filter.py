@@ -123,7 +123,7 @@ class FilterOptions:
     `suspicion` is a share of the threshold.
     """
 
-    grid: int = 16
+    grid: int = 24
     hold: int = 40
     window: int = 300
     suspicion: float = 0.3

@@ -50,6 +50,9 @@ class WordClassifier:
             for text in texts
         ]
 
+    def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
+        return WordClassifier.scores(self, texts)
+
 
 class BrokenClassifier(WordClassifier):
     """Answers with whatever it was given."""

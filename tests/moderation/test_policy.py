@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -322,3 +323,31 @@ def test_shipped_policy_finds_a_harmful_sentence_in_the_middle_of_a_long_text() 
 
     assert not policy.judge_input([Turn("user", ordinary)]).flagged
     assert policy.judge_input([Turn("user", ordinary + hidden + ordinary)]).flagged
+
+
+class SlowClassifier(WordClassifier):
+    """Counts what it is given to read; at a glance it sees the words only."""
+
+    def __init__(self, probability_of_word: Mapping[str, float]) -> None:
+        super().__init__(probability_of_word)
+        self.num_read = 0
+
+    def scores(self, texts: Sequence[str]) -> list[Scores]:
+        self.num_read += len(texts)
+        return [Scores(min(1.0, 1.5 * scores.probability)) for scores in super().scores(texts)]
+
+
+@pytest.mark.parametrize("by_conversation", [True, False])
+def test_of_a_very_long_text_the_worst_windows_are_read(by_conversation: bool) -> None:
+    classifier = SlowClassifier({"knife": 0.4, "spoon": 0.1})
+    policy = Policy(classifier, PolicyOptions(windows=WINDOWS, most_read=3))
+    text = "spoon " * 500 + " knife " + "spoon " * 500
+
+    if by_conversation:
+        verdict = policy.judge_input([Turn("user", text)])
+    else:
+        short, verdict = policy.judge_texts(["a spoon", text])
+        assert short.probability == pytest.approx(0.15)
+
+    assert verdict.probability == pytest.approx(0.6)
+    assert classifier.num_read == 3 + (not by_conversation)

@@ -197,7 +197,7 @@ def test_no_window_is_longer_than_it_may_be_and_the_number_of_windows_is_linear(
     judge = Judge("\0never")
     received(JudgingFilter(judge), ["word " * 2000])
     assert max(map(len, judge.windows)) <= BY_DEFAULT.window
-    assert len(judge.windows) == 10_000 // BY_DEFAULT.grid
+    assert len(judge.windows) == -(-10_000 // BY_DEFAULT.grid)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_was_judged_in_the_same_go_as_a_failure_does_not_leave_either() -> 
 def test_nothing_is_due_before_a_step_of_the_grid_is_complete() -> None:
     judge = Judge("\0never")
     stream = JudgingFilter(judge)
-    for _ in range(15):
+    for _ in range(BY_DEFAULT.grid - 1):
         stream.feed("a")
         assert not stream.is_due
     stream.feed("a")

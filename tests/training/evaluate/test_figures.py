@@ -37,6 +37,9 @@ class WordClassifier:
     def scores(self, texts: Sequence[str]) -> list[Scores]:
         return [Scores(float("poison" in text)) for text in texts]
 
+    def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
+        return self.scores(texts)
+
 
 class TableScorer:
     def __init__(self, scores: Mapping[str, float]) -> None:
