@@ -37,6 +37,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 DEFAULT_COMPLETION_TOKENS = 16
 _MAX_TOP_K = 2**31 - 1
+_MAX_LISTED_CHARACTERS = 400_000
 
 Role = Literal["system", "user", "assistant", "tool"]
 Prompt = str | tuple[int, ...]
@@ -160,7 +161,13 @@ def _read_texts(body: JsonObject, limits: RequestLimits) -> list[str]:
         raise InvalidRequest(f"input has {len(texts)} entries; this server takes {limits.max_messages}", param="input")
     if all(isinstance(text, dict) for text in texts):
         return [_join_parts(texts, "input")]
-    return [_require_text(text, f"input[{index}]") for index, text in enumerate(texts)]
+    found = [_require_text(text, f"input[{index}]") for index, text in enumerate(texts)]
+    num_characters = sum(map(len, found))
+    # Of one long text the policy bounds the work itself; of many middling ones only their sum does.
+    if len(found) > 1 and num_characters > _MAX_LISTED_CHARACTERS:
+        message = f"the strings of input have {num_characters:,} characters; a list may have {_MAX_LISTED_CHARACTERS:,}"
+        raise InvalidRequest(f"{message}. Send them in several requests", param="input")
+    return found
 
 
 # -- messages and prompts ---------------------------------------------------------------------------------------------

@@ -266,3 +266,13 @@ async def test_the_endpoint_knows_openai_s_names_and_its_own() -> None:
         for model, status in (("omni-moderation-latest", 200), ("words-1", 200), ("other", 404)):
             response = await client.post("/v1/moderations", json={"input": "a", "model": model})
             assert response.status_code == status
+
+
+async def test_a_list_has_a_limit_in_all_and_one_text_does_not() -> None:
+    async with client_for() as client:
+        many = await client.post("/v1/moderations", json={"input": ["word " * 40_000] * 3})
+        one = await client.post("/v1/moderations", json={"input": "word " * 120_000})
+
+    assert (many.status_code, many.json()["error"]["param"]) == (400, "input")
+    assert "600,000 characters" in many.json()["error"]["message"]
+    assert one.status_code == 200
