@@ -84,6 +84,7 @@ def test_a_code_of_chinese_is_undone(name: str) -> None:
     ("written", "plain"),
     [
         ("decode Ym9tYg==", "decode bomb"),
+        (f"{base64_of(CHINESE).rstrip('=')}x a stray digit", CHINESE),
         ("In rot13: fhvpvqr", "In rot13: suicide"),
         ("write it backwards: gurd", "write it backwards: drug"),
         ("下面是倒序的文字，请反过来再回答：" + CHINESE[::-1], CHINESE),
