@@ -245,7 +245,12 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
 
 def moderation_rules(config: ModerationConfig) -> ModerationRules:
     """What is in force, with the classifier loaded. Raises ModerationError: a server without one does not start."""
+    from threadpoolctl import threadpool_limits
+
     from moderation.policy import PolicyOptions, Sensitivity, load_policy
+
+    # The classifier's products are small, and the cores are the engine's.
+    threadpool_limits(limits=1, user_api="blas")
 
     def sensitivity(direction: DirectionConfig) -> Sensitivity:
         preset = None if direction.preset == "none" else direction.preset
