@@ -52,6 +52,8 @@ REPEATED = {
     "strongreject": 3,
     "dangerousqa": 3,
     "labelled:hh_harmless_base": 3,
+    "written_en_idioms": 4,
+    "written_zh_idioms": 4,
     "cold": 2,
 }
 PADDING = 1
@@ -67,7 +69,7 @@ class EncoderOptions:
     positions: int = 128
     least_uses: int = 8
     max_tokens: int = 96
-    steps: int = 3600
+    steps: int = 4100
     batch: int = 32
     learning_rate: float = 1e-4
     head_factor: float = 5.0
