@@ -28,7 +28,8 @@ __all__ = [
     "fit_blends",
     "fit_ngram_line",
     "held_out_rows",
-    "lowest_threshold",
+    "threshold_for",
+    "thresholds_at",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ FloatArray = npt.NDArray[np.float64]
 FALSE_POSITIVE_RATES: Mapping[PresetName, float] = {"strict": 0.02, "balanced": 0.005, "lenient": 0.001}
 # Share of held-out harmful rows that may pass without the encoder having read them.
 UNREAD_HARMFUL = 0.005
-LOWERED = 0.9
+MARGIN = 0.25
 
 
 def held_out_rows(data: Path, licences: LicenceRule) -> list[Row]:
@@ -83,37 +84,50 @@ def choose_thresholds(policy: Policy, data: Path) -> dict[PresetName, dict[Langu
     """The lowest thresholds at which each preset keeps its rate, in each language and in each validation file."""
     files = [_ordinary_first_turns(data, name) for name in VALIDATION_FILES]
     judged = [_judge(policy, [row.text for row in rows]) for rows in files]
-    return {preset: _thresholds_at(judged, FALSE_POSITIVE_RATES[preset]) for preset in PRESETS}
+    return {preset: thresholds_at(judged, FALSE_POSITIVE_RATES[preset]) for preset in PRESETS}
 
 
 def _judge(policy: Policy, texts: Sequence[str]) -> list[tuple[Language, float]]:
     return [(verdict.language, verdict.probability) for verdict in policy.judge_texts(texts)]
 
 
-def _thresholds_at(files: Sequence[Sequence[tuple[Language, float]]], max_rate: float) -> dict[Language, float]:
-    """files: (language, probability) of ordinary texts, a list for each file."""
-    rate = max_rate
+def thresholds_at(files: Sequence[Sequence[tuple[Language, float]]], max_rate: float) -> dict[Language, float]:
+    """files: (language, probability) of ordinary texts, a list for each file.
+
+    Every language starts with its own allowance. Where a file has too many flagged, the least sure of them goes: its
+    language is allowed one less.
+    """
+    of_language = {
+        language: np.array([p for rows in files for lang, p in rows if lang == language], np.float64)
+        for language in LANGUAGES
+    }
+    allowed = {language: int(max_rate * len(found)) for language, found in of_language.items()}
     while True:
-        found: dict[Language, float] = {
-            language: lowest_threshold(
-                np.array([p for rows in files for lang, p in rows if lang == language], np.float64), rate
-            )
-            for language in LANGUAGES
-        }
-        flagged = [sum(probability >= found[language] for language, probability in rows) for rows in files]
-        if all(count <= max_rate * len(rows) for count, rows in zip(flagged, files, strict=True)):
+        found = {language: threshold_for(of_language[language], allowed[language]) for language in LANGUAGES}
+        spared = _least_sure_of_a_full_file(files, found, max_rate)
+        if spared is None:
             return found
-        rate *= LOWERED
+        allowed[spared] -= 1
 
 
-def lowest_threshold(probabilities: FloatArray, max_rate: float) -> float:
-    """The threshold at which at most `max_rate` of these are flagged, halfway between the last flagged and the next."""
+def _least_sure_of_a_full_file(
+    files: Sequence[Sequence[tuple[Language, float]]], thresholds: Mapping[Language, float], max_rate: float
+) -> Language | None:
+    for rows in files:
+        flagged = [row for row in rows if row[1] >= thresholds[row[0]]]
+        if len(flagged) > max_rate * len(rows):
+            language, _ = min(flagged, key=lambda row: row[1])
+            return language
+    return None
+
+
+def threshold_for(probabilities: FloatArray, allowed: int) -> float:
+    """The threshold that flags at most `allowed` of these: a quarter of the way from the next to the last flagged."""
     if len(probabilities) == 0:
         raise ModerationError("no ordinary request to choose the threshold by; expected first turns to validate on")
     ordered = np.sort(probabilities)[::-1]
-    allowed = int(max_rate * len(ordered))
     above = ordered[allowed - 1] if allowed > 0 else 1.0
-    threshold = float((above + ordered[allowed]) / 2.0)
+    threshold = float(ordered[allowed] + MARGIN * (above - ordered[allowed]))
     # Equal scores on both sides would all be flagged; step just above them.
     return threshold if threshold > ordered[allowed] else float(np.nextafter(ordered[allowed], 2.0))
 

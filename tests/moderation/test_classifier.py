@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,21 +9,28 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from moderation.card import render_card
+from moderation.card import PICTURES, render_card
+from moderation.cascade import ENCODER_FOLDER, NGRAM_FOLDER, load_classifier
 from moderation.classifier import NgramClassifier, shipped_weights
 from moderation.errors import WeightsError
-from moderation.evaluate import Report
 from moderation.policy import load_policy
+from moderation.presets import LANGUAGES
+from moderation.publish import read_card_facts
+from moderation.report import CARD_FILE, REPORT_FILE, read_report
 from moderation.rows import Row, check_list
-from moderation.train import CARD_FILE, MANIFEST_FILE, REPORT_FILE, WeightsManifest
+from moderation.train import MANIFEST_FILE, WeightsManifest
 from moderation.weight_files import CONFIG_FILE, TENSORS_FILE
 
 pytestmark = pytest.mark.unit
 
 
+NGRAMS = shipped_weights() / NGRAM_FOLDER
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shipped_weights(), tmp_path / "weights"))
+    """The shipped n-grams by themselves, to be damaged."""
+    return Path(shutil.copytree(NGRAMS, tmp_path / "weights"))
 
 
 def read_shipped(name: str) -> bytes:
@@ -47,13 +55,6 @@ def test_blatantly_harmful_request_is_flagged(row: Row) -> None:
     assert verdict.flagged, f"probability {verdict.probability:.3f}"
 
 
-def test_everyday_list_has_sixty_sentences_in_both_languages() -> None:
-    rows = check_list("everyday.jsonl")
-
-    assert len({row.text for row in rows}) >= 60
-    assert min(sum(row.lang == lang for row in rows) for lang in ("en", "zh")) >= 20
-
-
 @pytest.mark.parametrize(
     ("plain", "disguised"),
     [
@@ -64,13 +65,13 @@ def test_everyday_list_has_sixty_sentences_in_both_languages() -> None:
     ],
 )
 def test_a_disguise_does_not_change_the_probability(plain: str, disguised: str) -> None:
-    before, after = (scores.probability for scores in NgramClassifier.load().scores([plain, disguised]))
+    before, after = (scores.probability for scores in NgramClassifier.load(NGRAMS).scores([plain, disguised]))
 
     assert after == before
 
 
 def test_answers_do_not_depend_on_company_or_thread() -> None:
-    classifier = NgramClassifier.load()
+    classifier = NgramClassifier.load(NGRAMS)
     texts = [row.text for row in check_list("everyday.jsonl") + check_list("blatant.jsonl")]
 
     together = classifier.scores(texts)
@@ -85,7 +86,7 @@ def test_answers_do_not_depend_on_company_or_thread() -> None:
     ["", " ", "a", "\ud800\udfff", "\u202e" * 1000, "a" + "\u0301" * 400, "\x00" * 400, "𝕜𝕚𝕝𝕝", "\U0010ffff"],
 )
 def test_odd_input_has_a_probability(text: str) -> None:
-    (scores,) = NgramClassifier.load().scores([text])
+    (scores,) = NgramClassifier.load(NGRAMS).scores([text])
 
     assert 0.0 <= scores.probability <= 1.0
 
@@ -156,25 +157,44 @@ def test_shipped_weights_were_trained_on_allowed_sources_and_match_their_manifes
     manifest = msgspec.json.decode(read_shipped(MANIFEST_FILE), type=WeightsManifest)
 
     assert manifest.licences == "yes"
-    assert manifest.weights_sha256 == NgramClassifier.load().config.weights_sha256
+    assert set(manifest.weights_sha256) == {f"{folder}/{TENSORS_FILE}" for folder in (NGRAM_FOLDER, ENCODER_FOLDER)}
+    for name, digest in manifest.weights_sha256.items():
+        assert hashlib.sha256(read_shipped(name)).hexdigest() == digest
     assert manifest.model == load_policy().model_id
     assert not any("safety_tuned" in name or "alpaca_52k" in name for name in manifest.rows_by_source_and_label)
 
 
-def test_shipped_report_keeps_ordinary_people_in() -> None:
-    report = msgspec.json.decode(read_shipped(REPORT_FILE), type=Report)
+def test_shipped_categories_have_the_rows_for_it() -> None:
+    manifest = msgspec.json.decode(read_shipped(MANIFEST_FILE), type=WeightsManifest)
+    classifier = load_classifier()
 
-    assert report.threshold == load_policy().threshold
+    names = [*(category.value for category in classifier.trained_categories), *classifier.trained_extensions]
+    assert names == manifest.trained_categories
+    assert all(manifest.rows_by_category[name] >= 200 for name in names)
+
+
+def test_shipped_report_keeps_ordinary_people_in() -> None:
+    report = read_report(shipped_weights() / REPORT_FILE)
+
+    assert report.model == load_policy().model_id
     assert len(report.ordinary) == 2
     assert all(ordinary.false_positive_rate <= 0.005 for ordinary in report.ordinary)
 
 
+def test_a_stricter_preset_flags_sooner() -> None:
+    classifier = load_classifier()
+
+    for language in LANGUAGES:
+        strict, balanced, lenient = (classifier.threshold(p, language) for p in ("strict", "balanced", "lenient"))
+        assert strict <= balanced <= lenient
+
+
 def test_model_card_says_what_the_report_says() -> None:
-    manifest = msgspec.json.decode(read_shipped(MANIFEST_FILE), type=WeightsManifest)
-    report = msgspec.json.decode(read_shipped(REPORT_FILE), type=Report)
+    report = read_report(shipped_weights() / REPORT_FILE)
+    pictures = [name for name in PICTURES if (shipped_weights() / name).exists()]
 
-    assert read_shipped(CARD_FILE).decode() == render_card(manifest, report)
+    assert read_shipped(CARD_FILE).decode() == render_card(read_card_facts(shipped_weights()), report, pictures)
 
 
-def test_shipped_weights_are_a_few_megabytes() -> None:
-    assert sum(path.stat().st_size for path in shipped_weights().iterdir()) < 5_000_000
+def test_shipped_weights_are_less_than_thirty_megabytes() -> None:
+    assert sum(path.stat().st_size for path in shipped_weights().rglob("*") if path.is_file()) < 30_000_000

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moderation.calibrate import lowest_threshold
+from moderation.calibrate import threshold_for, thresholds_at
 from moderation.cascade import load_classifier
 from moderation.corpus import Corpus, LicenceRule, collect_corpus, list_test_files, training_pieces, vocabulary_texts
 from moderation.errors import ModerationError
 from moderation.features import FeatureOptions
 from moderation.policy import WindowOptions
+from moderation.presets import Language
 from moderation.rows import Row, labelled_rows, row_key
 from moderation.train import MANIFEST_FILE, NgramOptions, TrainOptions, reported_outputs, train_moderation
 from moderation.train_encoder import EncoderOptions
@@ -187,21 +188,32 @@ def test_the_vocabulary_is_chosen_by_rows_answers_and_books(data: Path) -> None:
     assert not any("closed chat" in text for text in texts)
 
 
-@pytest.mark.parametrize(("max_rate", "num_flagged"), [(0.0, 0), (0.1, 1), (0.25, 2), (0.3, 3)])
-def test_threshold_flags_at_most_the_allowed_share(max_rate: float, num_flagged: int) -> None:
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3])
+def test_threshold_flags_at_most_what_is_allowed(allowed: int) -> None:
     probabilities = np.arange(10) / 10.0
 
-    threshold = lowest_threshold(probabilities, max_rate)
-
-    assert int((probabilities >= threshold).sum()) == num_flagged
+    assert int((probabilities >= threshold_for(probabilities, allowed)).sum()) == allowed
 
 
 def test_threshold_steps_above_equal_scores() -> None:
     probabilities = np.array([0.5] * 10)
 
-    assert not (probabilities >= lowest_threshold(probabilities, 0.2)).any()
+    assert not (probabilities >= threshold_for(probabilities, 2)).any()
 
 
 def test_no_ordinary_request_means_no_threshold() -> None:
     with pytest.raises(ModerationError, match="no ordinary request"):
-        lowest_threshold(np.empty(0), 0.005)
+        threshold_for(np.empty(0), 1)
+
+
+def test_a_full_file_raises_the_threshold_of_the_least_sure_language_alone() -> None:
+    quiet: list[tuple[Language, float]] = [("en", 0.1), ("zh", 0.1)] * 90
+    first: list[tuple[Language, float]] = [("en", 0.9), ("en", 0.8), ("zh", 0.7), *quiet]
+    second: list[tuple[Language, float]] = [("zh", 0.95), *quiet]
+    files = [first, second]
+
+    found = thresholds_at(files, 0.011)
+
+    # Each language may flag two of its own, but the first file two in all: the 0.7 is let go.
+    assert 0.1 < found["en"] < 0.8
+    assert 0.7 < found["zh"] < 0.95
