@@ -97,13 +97,15 @@ def thresholds_at(files: Sequence[Sequence[tuple[Language, float]]], max_rate: f
     Every language starts with its own allowance. Where a file has too many flagged, the least sure of them goes: its
     language is allowed one less.
     """
-    of_language = {
+    of_language: dict[Language, FloatArray] = {
         language: np.array([p for rows in files for lang, p in rows if lang == language], np.float64)
         for language in LANGUAGES
     }
-    allowed = {language: int(max_rate * len(found)) for language, found in of_language.items()}
+    allowed: dict[Language, int] = {language: int(max_rate * len(found)) for language, found in of_language.items()}
     while True:
-        found = {language: threshold_for(of_language[language], allowed[language]) for language in LANGUAGES}
+        found: dict[Language, float] = {
+            language: threshold_for(of_language[language], allowed[language]) for language in LANGUAGES
+        }
         spared = _least_sure_of_a_full_file(files, found, max_rate)
         if spared is None:
             return found
