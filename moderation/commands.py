@@ -53,7 +53,7 @@ def moderate(argv: Sequence[str]) -> int:
     from moderation.policy import PolicyOptions, Sensitivity, load_policy
 
     text = _read_text(arguments)
-    options = PolicyOptions(input=Sensitivity(threshold=arguments.threshold))
+    options = PolicyOptions(input=Sensitivity(arguments.preset, arguments.threshold))
     policy = load_policy(arguments.weights, options=options)
     (verdict,) = policy.judge_texts([text])
     print(_as_json(policy, verdict) if arguments.json else _as_line(verdict))
