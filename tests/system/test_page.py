@@ -49,7 +49,7 @@ def answer(page: Page, index: int = 0) -> Locator:
     return page.locator("#chatbot .bot-row").nth(index)
 
 
-def expect_figures(page: Page, index: int, what: str = r"tokens/s · [\d,]+ tokens") -> None:
+def expect_figures(page: Page, index: int, what: str = r"[\d,]+ tokens") -> None:
     expect(answer(page, index).locator(".causerie-stats")).to_have_text(
         re.compile(f"first token .*{what}"), timeout=ANSWER_TIMEOUT_MS
     )
