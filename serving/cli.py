@@ -9,17 +9,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import NoReturn, TypeAlias, cast
 
 from moderation.errors import ModerationError
 from quant.errors import CheckpointError, CommandError, QuantizationError
 from serving.errors import ConfigError, ServiceError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "end_process", "main"]
 
 Command: TypeAlias = Callable[[Sequence[str]], int]
 
@@ -162,5 +163,18 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
+def end_process(code: int) -> NoReturn:
+    """End this process: at once, if torchrun started it.
+
+    gloo's threads outlive their process group (device meshes hold it), and one that still lets go of a tensor while the
+    interpreter is torn down aborts the process after all its work was done (pytorch/pytorch pull request 179291).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -78,9 +78,11 @@ def test_wheel_holds_the_data_that_the_product_needs(names: set[str]) -> None:
     assert "moderation/weights/report.json" in names
 
 
-def test_wheel_brings_its_licence_and_no_more_than_a_few_megabytes(names: set[str], wheel: Path) -> None:
+def test_wheel_brings_its_licence_and_little_besides_the_classifiers_weights(names: set[str], wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert wheel.stat().st_size < 16e6
+    weights = sum(file.stat().st_size for file in (ROOT / "moderation/weights").rglob("*.safetensors"))
+    assert weights < 30e6
+    assert wheel.stat().st_size < weights + 8e6
 
 
 def test_installed_command_helps_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:

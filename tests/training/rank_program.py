@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from serving.cli import end_process
 from tests.training.tiny_llama import random_samples, tiny_llama
 from training.batches import Batch, Sample, pad_rows
 from training.checkpoint import restore_checkpoint, save_checkpoint
@@ -132,3 +133,4 @@ if __name__ == "__main__":
         precision=torch.bfloat16 if "bfloat16" in sys.argv else torch.float32,
         checkpointing="checkpointing" in sys.argv,
     )
+    end_process(0)

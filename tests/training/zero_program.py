@@ -10,4 +10,4 @@ from training import zero
 if __name__ == "__main__":
     zero.DEVICES = ("cuda", "cpu")
     zero.KEPT_WHOLE = 0  # else stage 3 would leave a tiny model whole
-    sys.exit(cli.main(sys.argv[1:]))
+    cli.end_process(cli.main(sys.argv[1:]))
