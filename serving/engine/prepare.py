@@ -29,6 +29,8 @@ from quant.int4_linear import (
     probe_kernel,
 )
 from quant.matrix import concat_rows
+from quant.native.linear import NativeLinear
+from serving.engine.native_step import NativeStep, build_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
 from serving.model.attention import ROTARY_FORMS, RotaryForm, rotary_frequencies, rotary_tables
 from serving.model.spec import DecoderSpec
@@ -77,6 +79,7 @@ class PreparedModel:
     dtype: torch.dtype
     is_exact: bool
     kernel_name: KernelName
+    native: NativeStep | None = None  # the whole step in one call, where the model's form has one
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of every linear of the layers, by its Hugging Face name."""
@@ -88,7 +91,7 @@ def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
     """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared."""
     if exact:
         return _prepare(decoder, KernelName.PLAIN, torch.float32, is_exact=True)
-    return _prepare(decoder, probe_kernel(), torch.bfloat16, is_exact=False)
+    return _prepare(decoder, probe_kernel(rounds_activations=True), torch.bfloat16, is_exact=False)
 
 
 def prepare_live(decoder: Decoder, dtype: torch.dtype) -> PreparedModel:
@@ -110,9 +113,10 @@ def _prepare(
             head_weight = embedding
         else:
             head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
+        layers = [_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)]
         return PreparedModel(
             spec=spec,
-            layers=[_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)],
+            layers=layers,
             embedding=embedding,
             final_norm=prepare_norm(decoder.model.norm, spec),
             head=_prepare_head(head_weight, spec.logit_scale, kernel_name, is_exact=is_exact),
@@ -121,6 +125,7 @@ def _prepare(
             dtype=dtype,
             is_exact=is_exact,
             kernel_name=kernel_name,
+            native=build_native_step(decoder, layers, embedding) if kernel_name is KernelName.NATIVE else None,
         )
 
 
@@ -189,8 +194,15 @@ class DenseKernel:
 def _prepare_head(
     weight: Tensor, logit_scale: float, kernel_name: KernelName, *, is_exact: bool
 ) -> Callable[[Tensor], Tensor]:
-    head = DenseKernel(weight, None) if is_exact else FastHead(weight, _head_group_size(weight, kernel_name))
+    head = DenseKernel(weight, None) if is_exact else _fast_head(weight, kernel_name)
     return head if logit_scale == 1.0 else ScaledHead(head, logit_scale)
+
+
+def _fast_head(weight: Tensor, kernel_name: KernelName) -> Callable[[Tensor], Tensor]:
+    group_size = _head_group_size(weight, kernel_name)
+    if kernel_name is KernelName.NATIVE and group_size is not None:
+        return NativeHead(weight, group_size)
+    return FastHead(weight, group_size)
 
 
 class ScaledHead:
@@ -223,6 +235,19 @@ class FastHead:
         return torch.cat([block(hidden) for block in self._blocks], dim=1).to(torch.float32)
 
 
+class NativeHead:
+    """Logits from 8-bit weights, of any number of rows."""
+
+    def __init__(self, weight: Tensor, group_size: int) -> None:
+        options = GptqOptions(bits=8, group_size=group_size, range_search=False)
+        # In blocks: a float32 copy of the whole head would be the process's peak.
+        blocks = [round_to_nearest(block, options) for block in weight.split(HEAD_BLOCK_ROWS)]
+        self._kernel = NativeLinear(concat_rows(blocks), None)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._kernel.to_float32(hidden)
+
+
 def _pack_head_block(weight: Tensor, group_size: int) -> LinearKernel:
     options = GptqOptions(bits=8, group_size=group_size, range_search=False)
     return SplitInt4PackKernel(round_to_nearest(weight, options), None, for_many_rows=False)
@@ -230,6 +255,6 @@ def _pack_head_block(weight: Tensor, group_size: int) -> LinearKernel:
 
 def _head_group_size(weight: Tensor, kernel_name: KernelName) -> int | None:
     """The largest group that the packed product takes for this head; None where it takes none."""
-    if kernel_name is not KernelName.TORCH_INT4PACK or weight.shape[0] % INT4PACK_ROW_MULTIPLE:
+    if kernel_name is KernelName.PLAIN or weight.shape[0] % INT4PACK_ROW_MULTIPLE:
         return None
     return max((size for size in INT4PACK_GROUP_SIZES if weight.shape[1] % size == 0), default=None)
