@@ -51,6 +51,7 @@ enum { SLOT_CODES, SLOT_SCALES, SLOT_SUMS, SLOT_HIDDEN, SLOT_COS, SLOT_SIN, SLOT
 #define ROW_GRAIN 4
 /* Keys scored at once: their scores stay in the first cache. */
 #define CONTEXT_CHUNK 256
+#define PREFETCH_TOKENS 32
 #define MAX_GROUP 4
 #define MAX_HEAD_DIM 256
 
@@ -215,6 +216,8 @@ INLINE void attend(const Step *s, int row, int kv_head, const float *queries, co
             const uint16_t *at = keys + ((int64_t)table[position / size] * size + position % size) * 2 * kv_width;
             vf products[MAX_GROUP][VL];
             for (int t = 0; t < VL; t++, at += 2 * kv_width) {
+                /* Strides defeat the hardware's prefetcher; blocks mostly follow each other. */
+                for (int i = 0; i < dim; i += 32) _mm_prefetch((const char *)(at + PREFETCH_TOKENS * 2 * kv_width + i), _MM_HINT_T0);
                 for (int g = 0; g < group; g++) products[g][t] = vf_set1(0.0f);
                 for (int i = 0; i < num_vectors; i++) {
                     vf key = vf_load_bf16(at + i * VL);
@@ -250,11 +253,13 @@ INLINE void attend(const Step *s, int row, int kv_head, const float *queries, co
         for (int t0 = 0; t0 < count; t0 += size) {
             const uint16_t *at = values + (int64_t)table[(start + t0) / size] * size * 2 * kv_width;
             const int end = count - t0 < size ? count - t0 : size;
-            for (int t = 0; t < end; t++, at += 2 * kv_width)
+            for (int t = 0; t < end; t++, at += 2 * kv_width) {
+                for (int i = 0; i < dim; i += 32) _mm_prefetch((const char *)(at + PREFETCH_TOKENS * 2 * kv_width + i), _MM_HINT_T0);
                 for (int i = 0; i < num_vectors; i++) {
                     vf value = vf_load_bf16(at + i * VL);
                     for (int g = 0; g < group; g++) sums[g][i] = vf_fma(vf_set1(scores[g][t0 + t]), value, sums[g][i]);
                 }
+            }
         }
     }
     for (int g = 0; g < group; g++)

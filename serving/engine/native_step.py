@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Above, attention in torch is faster: here every row reads its context by itself.
-MAX_ROWS = 64
+MAX_ATTENDED = 64 * 1024  # rows times what each attends to, of chunks of more than one token
 _HEAD_DIM_MULTIPLE = 32
 _MAX_HEAD_DIM = 256
 _WIDTH_MULTIPLE = 16
@@ -122,8 +122,8 @@ class NativeStep:
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether `run` is the faster way for these chunks. Rows with an adapter go through the single products."""
-        num_rows = sum(chunk.num_tokens for chunk in chunks)
-        return num_rows <= MAX_ROWS and all(chunk.sequence.adapter is None for chunk in chunks)
+        num_attended = sum(chunk.num_tokens * chunk.end for chunk in chunks if chunk.num_tokens > 1)
+        return num_attended <= MAX_ATTENDED and all(chunk.sequence.adapter is None for chunk in chunks)
 
     def run(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
         """As `runner.run_step`: (rows, hidden) bfloat16 after the final norm; every row's key and value is cached."""
