@@ -97,43 +97,46 @@ static void quantize_activated(void *context, int first, int last) {
 
 INLINE vf with_bias(const Matrix *m, int column, vf y) { return m->bias ? vf_add(y, vf_load(m->bias + column)) : y; }
 
-static void project_qkv(void *context, int first, int last) {
+static void store_qkv(void *context, int block, int first_row, int rows, const float *outputs) {
     Step *s = context;
     const Matrix *m = &s->layer->qkv;
-    float out[MAX_TILE_ROWS * BLOCK_OUTPUTS];
-    for (int block = first; block < last; block++)
-        for (int row = 0; row < s->batch->num_rows; row += MAX_TILE_ROWS) {
-            int rows = s->batch->num_rows - row < MAX_TILE_ROWS ? s->batch->num_rows - row : MAX_TILE_ROWS;
-            multiply_block(m, block, &s->x, row, rows, out);
-            for (int r = 0; r < rows; r++)
-                for (int i = 0, column = block * BLOCK_OUTPUTS; i < BLOCK_OUTPUTS; i += VL, column += VL)
-                    vf_store(s->wide + (int64_t)(row + r) * m->out + column,
-                             with_bias(m, column, vf_load(out + r * BLOCK_OUTPUTS + i)));
+    for (int r = 0; r < rows; r++)
+        for (int i = 0, column = block * BLOCK_OUTPUTS; i < BLOCK_OUTPUTS; i += VL, column += VL)
+            vf_store(s->wide + (int64_t)(first_row + r) * m->out + column,
+                     with_bias(m, column, vf_load(outputs + r * BLOCK_OUTPUTS + i)));
+}
+
+static void add_to_hidden(Step *s, const Matrix *m, int block, int first_row, int rows, const float *outputs) {
+    for (int r = 0; r < rows; r++)
+        for (int i = 0, column = block * BLOCK_OUTPUTS; i < BLOCK_OUTPUTS; i += VL, column += VL) {
+            float *to = s->hidden + (int64_t)(first_row + r) * m->out + column;
+            vf_store(to, vf_add(vf_load(to), with_bias(m, column, vf_load(outputs + r * BLOCK_OUTPUTS + i))));
         }
 }
 
-static void add_product(Step *s, const Matrix *m, int first, int last) {
-    float out[MAX_TILE_ROWS * BLOCK_OUTPUTS];
-    for (int block = first; block < last; block++)
-        for (int row = 0; row < s->batch->num_rows; row += MAX_TILE_ROWS) {
-            int rows = s->batch->num_rows - row < MAX_TILE_ROWS ? s->batch->num_rows - row : MAX_TILE_ROWS;
-            multiply_block(m, block, &s->x, row, rows, out);
-            for (int r = 0; r < rows; r++)
-                for (int i = 0, column = block * BLOCK_OUTPUTS; i < BLOCK_OUTPUTS; i += VL, column += VL) {
-                    float *to = s->hidden + (int64_t)(row + r) * m->out + column;
-                    vf_store(to, vf_add(vf_load(to), with_bias(m, column, vf_load(out + r * BLOCK_OUTPUTS + i))));
-                }
-        }
+static void store_attention_output(void *context, int block, int first_row, int rows, const float *outputs) {
+    Step *s = context;
+    add_to_hidden(s, &s->layer->out, block, first_row, rows, outputs);
+}
+
+static void store_feed_forward(void *context, int block, int first_row, int rows, const float *outputs) {
+    Step *s = context;
+    add_to_hidden(s, &s->layer->down, block, first_row, rows, outputs);
+}
+
+static void project_qkv(void *context, int first, int last) {
+    Step *s = context;
+    for_each_block(&s->layer->qkv, first, last, &s->x, s->batch->num_rows, store_qkv, s);
 }
 
 static void add_attention_output(void *context, int first, int last) {
     Step *s = context;
-    add_product(s, &s->layer->out, first, last);
+    for_each_block(&s->layer->out, first, last, &s->x, s->batch->num_rows, store_attention_output, s);
 }
 
 static void add_feed_forward(void *context, int first, int last) {
     Step *s = context;
-    add_product(s, &s->layer->down, first, last);
+    for_each_block(&s->layer->down, first, last, &s->x, s->batch->num_rows, store_feed_forward, s);
 }
 
 /* Item `block` is 16 gates and the 16 inputs they open. */
@@ -142,11 +145,11 @@ static void project_and_gate(void *context, int first, int last) {
     const Matrix *m = &s->layer->gate_up;
     const int inner = s->model->inner;
     float gate[MAX_TILE_ROWS * BLOCK_OUTPUTS], up[MAX_TILE_ROWS * BLOCK_OUTPUTS];
+    float *const both[2] = {gate, up};
     for (int block = first; block < last; block++)
         for (int row = 0; row < s->batch->num_rows; row += MAX_TILE_ROWS) {
             int rows = s->batch->num_rows - row < MAX_TILE_ROWS ? s->batch->num_rows - row : MAX_TILE_ROWS;
-            multiply_block(m, block, &s->x, row, rows, gate);
-            multiply_block(m, block + inner / BLOCK_OUTPUTS, &s->x, row, rows, up);
+            multiply_two_blocks(m, (const int[]){block, block + inner / BLOCK_OUTPUTS}, &s->x, row, rows, both);
             for (int r = 0; r < rows; r++)
                 for (int i = 0, column = block * BLOCK_OUTPUTS; i < BLOCK_OUTPUTS; i += VL, column += VL) {
                     vf g = with_bias(m, column, vf_load(gate + r * BLOCK_OUTPUTS + i));
@@ -352,7 +355,7 @@ void causerie_decode_step(const Model *m, const Batch *batch, int threads) {
     };
     s.x.codes = scratch(SLOT_CODES, rows * widest);
     s.x.scales = scratch(SLOT_SCALES, rows * widest / 32 * 4);
-    s.x.sums = scratch(SLOT_SUMS, rows * widest / 32 * 4);
+    s.x.minus_sums = scratch(SLOT_SUMS, rows * widest / 32 * 4);
     embed_and_turn(&s);
     for (int index = 0; index < m->num_layers; index++) {
         s.layer = m->layers + index;

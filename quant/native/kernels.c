@@ -21,7 +21,7 @@ void quantize_row(const float *x, int group, Activations *to, int row) {
         int32_t sum = 0;
         for (int i = 0; i < group; i += VL) sum += vf_store_int8(codes + g * group + i, vf_mul(vf_load(part + i), inverse));
         to->scales[(int64_t)row * to->groups + g] = largest / 127.0f;
-        to->sums[(int64_t)row * to->groups + g] = sum;
+        to->minus_sums[(int64_t)row * to->groups + g] = -sum;
     }
 }
 
@@ -29,62 +29,84 @@ void quantize_row(const float *x, int group, Activations *to, int row) {
 
 #if VL == 16
 
-/* `rows` and `bits` are constants where this is called: the loops over rows unroll and the sums stay in registers. */
-INLINE void multiply_tile(const Matrix *m, int block, const Activations *x, int first_row, const int rows,
-                          const int bits, const int is_asymmetric, float *out) {
+/* `rows`, `num_blocks` and `bits` are constants where this is called: the loops over rows and blocks unroll and the sums
+   stay in registers. Two blocks at a time read every activation once for both. */
+INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,
+                          const int rows, const int bits, const int is_asymmetric, float *const *out) {
     const int groups = x->groups, group = m->group;
-    const int64_t group_bytes = (int64_t)group * BLOCK_OUTPUTS * bits / 8;
-    const uint8_t *codes = m->codes + (int64_t)block * groups * group_bytes;
-    const uint16_t *scales = m->scales + (int64_t)block * groups * BLOCK_OUTPUTS;
-    const uint8_t *zeros = is_asymmetric ? m->zeros + (int64_t)block * groups * BLOCK_OUTPUTS : 0;
+    const int64_t block_bytes = (int64_t)m->in * BLOCK_OUTPUTS * bits / 8, block_groups = (int64_t)groups * BLOCK_OUTPUTS;
+    /* Few sums would wait for each other: each is split in two. */
+    const int chains = rows * num_blocks < 4 ? 2 : 1;
     const vi low_bits = _mm512_set1_epi8(15);
-    vf total[MAX_TILE_ROWS];
-    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    const uint8_t *codes[2];
+    const uint16_t *scales[2];
+    vf total[2][MAX_TILE_ROWS];
+    for (int b = 0; b < num_blocks; b++) {
+        codes[b] = m->codes + blocks[b] * block_bytes;
+        scales[b] = m->scales + blocks[b] * block_groups;
+        for (int r = 0; r < rows; r++) total[b][r] = _mm512_setzero_ps();
+    }
     for (int g = 0; g < groups; g++) {
-        vi even[MAX_TILE_ROWS], odd[MAX_TILE_ROWS];
-        const vi zero = is_asymmetric ? vi_load_bytes(zeros + g * BLOCK_OUTPUTS) : vi_set1(1 << (bits - 1));
+        vi sum[2][MAX_TILE_ROWS][2];
         for (int r = 0; r < rows; r++) {
-            vi sum = vi_set1(x->sums[(int64_t)(first_row + r) * groups + g]);
-            even[r] = vi_sub(_mm512_setzero_si512(), vi_mul(zero, sum));
-            odd[r] = _mm512_setzero_si512();
+            const vi minus = vi_set1(x->minus_sums[(int64_t)(first_row + r) * groups + g]);
+            for (int b = 0; b < num_blocks; b++) {
+                if (is_asymmetric) {
+                    const uint8_t *zeros = m->zeros + blocks[b] * block_groups + g * BLOCK_OUTPUTS;
+                    sum[b][r][0] = vi_mul(vi_load_bytes(zeros), minus);
+                } else {
+                    sum[b][r][0] = _mm512_slli_epi32(minus, bits - 1);
+                }
+                if (chains == 2) sum[b][r][1] = _mm512_setzero_si512();
+            }
         }
         const int8_t *inputs = x->codes + (int64_t)first_row * x->in + g * group;
         for (int k = 0; k < group; k += 8) {
-            vi first, second;
-            if (bits == 4) {
-                vi both = _mm512_loadu_si512(codes);
-                first = _mm512_and_si512(both, low_bits);
-                second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
-            } else {
-                first = _mm512_loadu_si512(codes);
-                second = _mm512_loadu_si512(codes + 64);
+            vi first[2], second[2];
+            for (int b = 0; b < num_blocks; b++) {
+                if (bits == 4) {
+                    vi both = _mm512_loadu_si512(codes[b]);
+                    first[b] = _mm512_and_si512(both, low_bits);
+                    second[b] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
+                } else {
+                    first[b] = _mm512_loadu_si512(codes[b]);
+                    second[b] = _mm512_loadu_si512(codes[b] + 64);
+                }
+                /* The hardware's own prefetcher stops at a page's end. */
+                _mm_prefetch((const char *)(codes[b] + 2048), _MM_HINT_T0);
+                if (bits == 8) _mm_prefetch((const char *)(codes[b] + 2048 + 64), _MM_HINT_T0);
+                codes[b] += 16 * bits;
             }
-            /* The hardware's own prefetcher stops at a page's end. */
-            _mm_prefetch((const char *)(codes + 2048), _MM_HINT_T0);
-            if (bits == 8) _mm_prefetch((const char *)(codes + 2048 + 64), _MM_HINT_T0);
-            codes += 16 * bits;
             for (int r = 0; r < rows; r++) {
                 const int8_t *at = inputs + (int64_t)r * x->in + k;
-                even[r] = _mm512_dpbusd_epi32(even[r], first, vi_broadcast4(at));
-                odd[r] = _mm512_dpbusd_epi32(odd[r], second, vi_broadcast4(at + 4));
+                const vi lower = vi_broadcast4(at), upper = vi_broadcast4(at + 4);
+                for (int b = 0; b < num_blocks; b++) {
+                    sum[b][r][0] = _mm512_dpbusd_epi32(sum[b][r][0], first[b], lower);
+                    sum[b][r][chains - 1] = _mm512_dpbusd_epi32(sum[b][r][chains - 1], second[b], upper);
+                }
             }
         }
-        const vf scale = vf_load_fp16(scales + g * BLOCK_OUTPUTS);
+        vf scale[2];
+        for (int b = 0; b < num_blocks; b++) scale[b] = vf_load_fp16(scales[b] + g * BLOCK_OUTPUTS);
         for (int r = 0; r < rows; r++) {
-            vf step = vf_mul(scale, vf_set1(x->scales[(int64_t)(first_row + r) * groups + g]));
-            total[r] = vf_fma(vi_to_float(vi_add(even[r], odd[r])), step, total[r]);
+            const vf step = vf_set1(x->scales[(int64_t)(first_row + r) * groups + g]);
+            for (int b = 0; b < num_blocks; b++) {
+                vi dot = chains == 2 ? vi_add(sum[b][r][0], sum[b][r][1]) : sum[b][r][0];
+                total[b][r] = vf_fma(vi_to_float(dot), vf_mul(scale[b], step), total[b][r]);
+            }
         }
     }
-    for (int r = 0; r < rows; r++) vf_store(out + r * BLOCK_OUTPUTS, total[r]);
+    for (int b = 0; b < num_blocks; b++)
+        for (int r = 0; r < rows; r++) vf_store(out[b] + r * BLOCK_OUTPUTS, total[b][r]);
 }
 
-#define TILE_ROWS 8
+#define TILE_ROWS 4
 
 #else
 
 /* 8-bit codes are multiplied as two halves of 4 bits: their pairwise products would overflow 16 bits. */
-INLINE void multiply_tile(const Matrix *m, int block, const Activations *x, int first_row, const int rows,
-                          const int bits, const int is_asymmetric, float *out) {
+INLINE void multiply_one(const Matrix *m, int block, const Activations *x, int first_row, const int rows,
+                         const int bits, const int is_asymmetric, float *out) {
     const int groups = x->groups, group = m->group;
     const int64_t group_bytes = (int64_t)group * BLOCK_OUTPUTS * bits / 8;
     const uint8_t *codes = m->codes + (int64_t)block * groups * group_bytes;
@@ -132,7 +154,7 @@ INLINE void multiply_tile(const Matrix *m, int block, const Activations *x, int 
             for (int r = 0; r < rows; r++) {
                 const int64_t at = (int64_t)(first_row + r) * groups + g;
                 vi upper = bits == 8 ? _mm256_slli_epi32(high[r], 4) : high[r];
-                vi dot = vi_sub(vi_add(low[r], upper), vi_mul(zero, vi_set1(x->sums[at])));
+                vi dot = vi_add(vi_add(low[r], upper), vi_mul(zero, vi_set1(x->minus_sums[at])));
                 float *to = out + r * BLOCK_OUTPUTS + half * VL;
                 vf_store(to, vf_fma(vi_to_float(dot), vf_mul(scale, vf_set1(x->scales[at])), vf_load(to)));
             }
@@ -140,33 +162,60 @@ INLINE void multiply_tile(const Matrix *m, int block, const Activations *x, int 
     }
 }
 
+INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,
+                          const int rows, const int bits, const int is_asymmetric, float *const *out) {
+    for (int b = 0; b < num_blocks; b++) multiply_one(m, blocks[b], x, first_row, rows, bits, is_asymmetric, out[b]);
+}
+
 #define TILE_ROWS 4
 
 #endif
 
-#define MULTIPLY(rows)                                                                           \
-    case rows:                                                                                   \
-        if (m->bits == 4 && !m->zeros) multiply_tile(m, block, x, first_row, rows, 4, 0, out);   \
-        else if (m->bits == 4) multiply_tile(m, block, x, first_row, rows, 4, 1, out);           \
-        else if (!m->zeros) multiply_tile(m, block, x, first_row, rows, 8, 0, out);              \
-        else multiply_tile(m, block, x, first_row, rows, 8, 1, out);                             \
+#define MULTIPLY(rows)                                                                                          \
+    case rows:                                                                                                  \
+        if (m->bits == 4 && !m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 0, at);      \
+        else if (m->bits == 4) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 1, at);              \
+        else if (!m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 0, at);                 \
+        else multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 1, at);                                \
         break;
 
-void multiply_block(const Matrix *m, int block, const Activations *x, int first_row, int rows, float *out) {
-    for (int done = 0; done < rows; done += TILE_ROWS, first_row += TILE_ROWS, out += TILE_ROWS * BLOCK_OUTPUTS) {
+INLINE void multiply(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,
+                     int rows, float *const *out) {
+    for (int done = 0; done < rows; done += TILE_ROWS, first_row += TILE_ROWS) {
+        float *at[2] = {out[0] + done * BLOCK_OUTPUTS, num_blocks == 2 ? out[1] + done * BLOCK_OUTPUTS : 0};
         switch (rows - done < TILE_ROWS ? rows - done : TILE_ROWS) {
             MULTIPLY(1)
             MULTIPLY(2)
             MULTIPLY(3)
             MULTIPLY(4)
-#if TILE_ROWS == 8
-            MULTIPLY(5)
-            MULTIPLY(6)
-            MULTIPLY(7)
-            MULTIPLY(8)
-#endif
         }
     }
+}
+
+void multiply_block(const Matrix *m, int block, const Activations *x, int first_row, int rows, float *out) {
+    multiply(m, &block, 1, x, first_row, rows, &out);
+}
+
+void multiply_two_blocks(const Matrix *m, const int *blocks, const Activations *x, int first_row, int rows,
+                         float *const *out) {
+    multiply(m, blocks, 2, x, first_row, rows, out);
+}
+
+void for_each_block(const Matrix *m, int first, int last, const Activations *x, int num_rows, Store store, void *context) {
+    float low[MAX_TILE_ROWS * BLOCK_OUTPUTS], high[MAX_TILE_ROWS * BLOCK_OUTPUTS];
+    float *const both[2] = {low, high};
+    for (int block = first; block < last; block += 2)
+        for (int row = 0; row < num_rows; row += MAX_TILE_ROWS) {
+            const int rows = num_rows - row < MAX_TILE_ROWS ? num_rows - row : MAX_TILE_ROWS;
+            if (block + 1 < last) {
+                multiply_two_blocks(m, (const int[]){block, block + 1}, x, row, rows, both);
+                store(context, block, row, rows, low);
+                store(context, block + 1, row, rows, high);
+            } else {
+                multiply_block(m, block, x, row, rows, low);
+                store(context, block, row, rows, low);
+            }
+        }
 }
 
 /* ---- Threads ---- */
@@ -290,11 +339,13 @@ void *scratch(int slot, int64_t bytes) {
 
 /* ---- One product, for a caller that has activations in bf16 or fp32 ---- */
 
+enum { FP32_TO_FP32, BF16_TO_BF16, BF16_TO_FP32 };
+
 typedef struct {
     const Matrix *matrix;
     const void *x;
     void *out;
-    int rows, is_bf16;
+    int rows, types;
     Activations activations;
 } Product;
 
@@ -304,7 +355,7 @@ static void quantize_rows(void *context, int first, int last) {
     float wide[in];
     for (int row = first; row < last; row++) {
         const float *x = (const float *)p->x + (int64_t)row * in;
-        if (p->is_bf16) {
+        if (p->types != FP32_TO_FP32) {
             const uint16_t *narrow = (const uint16_t *)p->x + (int64_t)row * in;
             for (int i = 0; i < in; i += VL) vf_store(wide + i, vf_load_bf16(narrow + i));
             x = wide;
@@ -313,29 +364,26 @@ static void quantize_rows(void *context, int first, int last) {
     }
 }
 
-static void multiply_blocks(void *context, int first, int last) {
-    Product *p = context;
+static void store_product(void *context, int block, int first_row, int rows, const float *from) {
+    const Product *p = context;
     const Matrix *m = p->matrix;
-    float out[MAX_TILE_ROWS * BLOCK_OUTPUTS];
-    for (int block = first; block < last; block++) {
-        for (int row = 0; row < p->rows; row += MAX_TILE_ROWS) {
-            int rows = p->rows - row < MAX_TILE_ROWS ? p->rows - row : MAX_TILE_ROWS;
-            multiply_block(m, block, &p->activations, row, rows, out);
-            for (int r = 0; r < rows; r++) {
-                int64_t to = (int64_t)(row + r) * m->out + block * BLOCK_OUTPUTS;
-                for (int i = 0; i < BLOCK_OUTPUTS; i += VL) {
-                    vf y = vf_load(out + r * BLOCK_OUTPUTS + i);
-                    if (m->bias) y = vf_add(y, vf_load(m->bias + block * BLOCK_OUTPUTS + i));
-                    if (p->is_bf16 == 1) vf_store_bf16((uint16_t *)p->out + to + i, y);
-                    else vf_store((float *)p->out + to + i, y);
-                }
-            }
+    for (int r = 0; r < rows; r++) {
+        int64_t to = (int64_t)(first_row + r) * m->out + block * BLOCK_OUTPUTS;
+        for (int i = 0; i < BLOCK_OUTPUTS; i += VL) {
+            vf y = vf_load(from + r * BLOCK_OUTPUTS + i);
+            if (m->bias) y = vf_add(y, vf_load(m->bias + block * BLOCK_OUTPUTS + i));
+            if (p->types == BF16_TO_BF16) vf_store_bf16((uint16_t *)p->out + to + i, y);
+            else vf_store((float *)p->out + to + i, y);
         }
     }
 }
 
-/* out (rows, m->out) = x (rows, m->in) times the matrix, plus bias.
-   types 0: fp32 in and out; 1: bf16 in and out; 2: bf16 in, fp32 out. */
+static void multiply_blocks(void *context, int first, int last) {
+    Product *p = context;
+    for_each_block(p->matrix, first, last, &p->activations, p->rows, store_product, p);
+}
+
+/* out (rows, m->out) = x (rows, m->in) times the matrix, plus bias. */
 void causerie_linear(const Matrix *m, const void *x, void *out, int rows, int types, int threads) {
     enter(threads);
     int groups = m->in / m->group;
@@ -344,7 +392,7 @@ void causerie_linear(const Matrix *m, const void *x, void *out, int rows, int ty
     p.activations.groups = groups;
     p.activations.codes = scratch(0, (int64_t)rows * m->in);
     p.activations.scales = scratch(1, (int64_t)rows * groups * 4);
-    p.activations.sums = scratch(2, (int64_t)rows * groups * 4);
+    p.activations.minus_sums = scratch(2, (int64_t)rows * groups * 4);
     run_parallel(quantize_rows, &p, rows, 8);
     run_parallel(multiply_blocks, &p, m->out / BLOCK_OUTPUTS, 2);
     leave();

@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     int8_t *codes;   /* (rows, in) */
     float *scales;   /* (rows, groups) */
-    int32_t *sums;   /* (rows, groups): the sum of a group's codes */
+    int32_t *minus_sums; /* (rows, groups): minus the sum of a group's codes */
     int32_t in, groups;
 } Activations;
 
@@ -33,6 +33,13 @@ void quantize_row(const float *x, int group, Activations *to, int row);
 
 /* out (rows, 16): outputs of one block for `rows` <= MAX_TILE_ROWS rows from `first_row` on, without bias. */
 void multiply_block(const Matrix *matrix, int block, const Activations *x, int first_row, int rows, float *out);
+void multiply_two_blocks(const Matrix *matrix, const int *blocks, const Activations *x, int first_row, int rows,
+                         float *const *out);
+
+/* Calls `store` with the outputs (rows, 16) of every block in [first, last), a few rows at a time. */
+typedef void (*Store)(void *context, int block, int first_row, int rows, const float *outputs);
+void for_each_block(const Matrix *matrix, int first, int last, const Activations *x, int num_rows, Store store,
+                    void *context);
 
 /* Calls task over [0, count) on the calling thread and the workers, at least `grain` items at a time; returns when all
    is done. Only between `enter` and `leave`. */
