@@ -99,15 +99,19 @@ def build(level: Level, directory: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         made = Path(temporary) / path.name
         command = [compiler, *flags, *(str(here / name) for name in _SOURCES), "-o", str(made), "-lpthread", "-lm"]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NativeUnavailableError(f"compiler failed {type(error).__name__}") from error
+        run = _run(command)
         if run.returncode != 0:
             logger.debug("native_build_failed output=%s", run.stderr[-2000:])
             raise NativeUnavailableError(f"compiler failed with {run.returncode}")
         made.replace(path)
     return path
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"compiler failed {type(error).__name__}") from error
 
 
 def _find_compiler() -> str:
@@ -119,7 +123,7 @@ def _find_compiler() -> str:
 
 
 def _digest(compiler: str, flags: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
+    version = _run([compiler, "--version"]).stdout
     digest = hashlib.sha256("\0".join((version, sys.platform, *flags)).encode())
     here = Path(__file__).parent
     for name in (*_SOURCES, *_HEADERS):

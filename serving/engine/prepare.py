@@ -87,11 +87,14 @@ class PreparedModel:
         return {name: (width, linear.kernel.in_features) for linear in fused for name, width in linear.parts}
 
 
-def prepare(decoder: Decoder, *, exact: bool) -> PreparedModel:
-    """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared."""
+def prepare(decoder: Decoder, *, exact: bool, native: bool = True) -> PreparedModel:
+    """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared.
+
+    native: whether activations may be rounded to int8 for the native kernels, where the machine has them.
+    """
     if exact:
         return _prepare(decoder, KernelName.PLAIN, torch.float32, is_exact=True)
-    return _prepare(decoder, probe_kernel(rounds_activations=True), torch.bfloat16, is_exact=False)
+    return _prepare(decoder, probe_kernel(rounds_activations=native), torch.bfloat16, is_exact=False)
 
 
 def prepare_live(decoder: Decoder, dtype: torch.dtype) -> PreparedModel:

@@ -34,11 +34,13 @@ pytestmark = [
 # Biases, norms of q and k, and key heads shared by three query heads.
 FORM = replace(
     SPEC, vocab_size=256, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=32,
-    max_positions=512,
+    max_positions=512, out_bias=True,
 )  # fmt: skip
 FORMS = {
     "every option": FORM,
-    "plain, head of 64": replace(FORM, qk_norm=False, qkv_bias=False, num_heads=3, num_kv_heads=3, head_dim=64),
+    "plain, head of 64": replace(
+        FORM, qk_norm=False, qkv_bias=False, out_bias=False, num_heads=3, num_kv_heads=3, head_dim=64
+    ),
     "five query heads a key head, head of 128": replace(FORM, num_heads=5, num_kv_heads=1, head_dim=128),
     "head of 96, tied": replace(FORM, num_heads=4, num_kv_heads=2, head_dim=96, tied_embeddings=True),
 }
@@ -141,9 +143,13 @@ def test_other_models_keep_the_torch_path_and_say_why(
     assert reason in record.message
 
 
-def test_exact_and_live_models_have_no_native_step() -> None:
+def test_exact_live_and_unwilling_models_have_no_native_step() -> None:
     decoder = quantized_decoder(FORM)
-    for model in (prepare(decoder, exact=True), prepare_live(decoder, torch.float32)):
+    for model in (
+        prepare(decoder, exact=True),
+        prepare(decoder, exact=False, native=False),
+        prepare_live(decoder, torch.float32),
+    ):
         assert model.native is None
         assert not any(isinstance(layer.qkv.kernel, NativeLinear) for layer in model.layers)
 
