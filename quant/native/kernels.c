@@ -8,6 +8,9 @@
 
 #include "vectors.h"
 
+/* Fewer rows are bound by memory, which streams one block after the other fastest. */
+#define PAIRED_FROM_ROWS 3
+
 /* ---- Activations ---- */
 
 void quantize_row(const float *x, int group, Activations *to, int row) {
@@ -37,6 +40,8 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
     const int64_t block_bytes = (int64_t)m->in * BLOCK_OUTPUTS * bits / 8, block_groups = (int64_t)groups * BLOCK_OUTPUTS;
     /* Few sums would wait for each other: each is split in two. */
     const int chains = rows * num_blocks < 4 ? 2 : 1;
+    /* The hardware's own prefetcher stops at a page's end. Of two blocks, what is read next lies in the next two. */
+    const int64_t ahead = num_blocks == 1 ? 1024 : block_bytes * (blocks[1] - blocks[0] == 1 ? 2 : 1);
     const vi low_bits = _mm512_set1_epi8(15);
     const uint8_t *codes[2];
     const uint16_t *scales[2];
@@ -72,9 +77,8 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
                     first[b] = _mm512_loadu_si512(codes[b]);
                     second[b] = _mm512_loadu_si512(codes[b] + 64);
                 }
-                /* The hardware's own prefetcher stops at a page's end. */
-                _mm_prefetch((const char *)(codes[b] + 2048), _MM_HINT_T0);
-                if (bits == 8) _mm_prefetch((const char *)(codes[b] + 2048 + 64), _MM_HINT_T0);
+                _mm_prefetch((const char *)(codes[b] + ahead), _MM_HINT_T1);
+                if (bits == 8) _mm_prefetch((const char *)(codes[b] + ahead + 64), _MM_HINT_T1);
                 codes[b] += 16 * bits;
             }
             for (int r = 0; r < rows; r++) {
@@ -135,7 +139,7 @@ INLINE void multiply_one(const Matrix *m, int block, const Activations *x, int f
                     vi both = _mm256_loadu_si256((const __m256i *)at);
                     vi first = _mm256_and_si256(both, low_bits);
                     vi second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits);
-                    _mm_prefetch((const char *)(at + 1024), _MM_HINT_T0);
+                    _mm_prefetch((const char *)(at + 1024), _MM_HINT_T1);
                     at += 64;
                     for (int r = 0; r < rows; r++) {
                         const int8_t *input = x->codes + (int64_t)(first_row + r) * x->in + g * group + k;
@@ -198,7 +202,12 @@ void multiply_block(const Matrix *m, int block, const Activations *x, int first_
 
 void multiply_two_blocks(const Matrix *m, const int *blocks, const Activations *x, int first_row, int rows,
                          float *const *out) {
-    multiply(m, blocks, 2, x, first_row, rows, out);
+    if (rows < PAIRED_FROM_ROWS) {
+        multiply_block(m, blocks[0], x, first_row, rows, out[0]);
+        multiply_block(m, blocks[1], x, first_row, rows, out[1]);
+    } else {
+        multiply(m, blocks, 2, x, first_row, rows, out);
+    }
 }
 
 void for_each_block(const Matrix *m, int first, int last, const Activations *x, int num_rows, Store store, void *context) {
