@@ -12,6 +12,11 @@ FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.11,<2.14"
 
+# The native kernels are compiled at the first start, for the processor they run on; without a compiler torch serves.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --create-home --uid 10001 causerie \
     && install --directory --owner=causerie --group=causerie /var/cache/causerie
 

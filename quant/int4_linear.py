@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quant.errors import QuantizationError
 from quant.matrix import QuantizedMatrix
+from quant.native.linear import NativeLinear, is_native_right, why_not_native
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ INT4PACK_RELATIVE_TOLERANCE = 2.6e-3
 class KernelName(StrEnum):
     PLAIN = "plain"
     TORCH_INT4PACK = "torch_int4pack"
+    NATIVE = "native_int8"  # int8 activations
 
 
 class LinearKernel(Protocol):
@@ -188,9 +190,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.to(torch.float32) - expected).norm() / expected.norm())
 
 
-def probe_kernel() -> KernelName:
-    """Choose the fastest product that this machine runs correctly, and say in one log line which and why."""
-    name, reason = _probe_int4pack()
+def probe_kernel(*, rounds_activations: bool = False) -> KernelName:
+    """Choose the fastest product that this machine runs correctly, and say in one log line which and why.
+
+    rounds_activations: whether a product may round its input to int8, group by group.
+    """
+    if rounds_activations and is_native_right():
+        name, reason = KernelName.NATIVE, "agrees_with_twin"
+    else:
+        name, reason = _probe_int4pack()
     logger.info("int4_kernel_chosen name=%s reason=%s", name.value, reason)
     return name
 
@@ -203,6 +211,8 @@ def build_kernel(
     plain_dtype: torch.dtype = torch.float32,
 ) -> LinearKernel:
     """The kernel `name` for this matrix; the plain one, in `plain_dtype`, where `name` does not take it."""
+    if name is KernelName.NATIVE and why_not_native(matrix) is None:
+        return NativeLinear(matrix, bias)
     if name is KernelName.TORCH_INT4PACK and why_not_int4pack(matrix) is None:
         return Int4PackKernel(matrix, bias) if matrix.bits == 4 else SplitInt4PackKernel(matrix, bias)
     return PlainKernel(matrix, bias, plain_dtype)

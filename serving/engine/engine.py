@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from serving.engine.adapters import Adapter
-from serving.engine.batch import build_batch
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
 from serving.engine.prepare import PreparedModel, prepare
@@ -35,7 +34,7 @@ from serving.engine.requests import (
     TokenEvent,
     TokenLogprob,
 )
-from serving.engine.runner import run_step
+from serving.engine.runner import run_chunks
 from serving.engine.sampler import SamplingRow, sample, token_logprobs
 from serving.engine.scheduler import Chunk, EngineLimits, Scheduler
 from serving.engine.sequence import Sequence as EngineSequence
@@ -218,7 +217,7 @@ class Engine:
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states of all rows. The plain path computes each sequence by itself, so batch = alone exactly."""
         groups = [[chunk] for chunk in chunks] if self.model.is_exact else [chunks]
-        parts = [run_step(self.model, self._cache, build_batch(group)) for group in groups]
+        parts = [run_chunks(self.model, self._cache, group) for group in groups]
         for chunk in chunks:
             self._num_prompt_tokens += max(0, min(chunk.end, chunk.sequence.num_prompt) - chunk.start)
         return torch.cat(parts) if len(parts) > 1 else parts[0]

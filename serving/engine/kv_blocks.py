@@ -99,6 +99,16 @@ class KVCache:
         self._keys = [heads[layer, 0] for layer in range(layout.num_layers)]
         self._values = [heads[layer, 1] for layer in range(layout.num_layers)]
 
+    @property
+    def address(self) -> int:
+        """Of the first layer's first slot, for native code; valid as long as this object."""
+        return self._data.data_ptr()
+
+    @property
+    def layer_stride(self) -> int:
+        """Elements from one layer to the next."""
+        return self._data.stride(0)
+
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         """slots: (tokens,) int64; keys_values: (tokens, 2 * width), keys first."""
         self._data[layer].index_copy_(0, slots, keys_values)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.engine.batch import build_batch
 from serving.engine.kv_blocks import BlockAllocator, KVCache, KVLayout, blocks_for
 from serving.engine.prepare import PreparedModel
 from serving.engine.requests import ScoreRequest
-from serving.engine.runner import run_step
+from serving.engine.runner import run_chunks
 from serving.engine.scheduler import EngineLimits, Scheduler
 from serving.engine.sequence import Sequence
 
@@ -29,6 +28,6 @@ def serving_logits(model: PreparedModel, ids: Tensor, *, chunk_tokens: int = 256
     parts: list[Tensor] = []
     while sequence.num_pending:
         chunks = scheduler.plan()
-        parts.append(model.head(run_step(model, cache, build_batch(chunks))))
+        parts.append(model.head(run_chunks(model, cache, chunks)))
         scheduler.commit(chunks)
     return torch.cat(parts)

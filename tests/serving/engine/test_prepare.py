@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quant.int4_linear import KernelName, probe_kernel, relative_error
-from serving.engine.prepare import INT8_HEAD_MAX_ROWS, FastHead
+from quant.native.linear import is_native_right
+from serving.engine.prepare import INT8_HEAD_MAX_ROWS, FastHead, NativeHead
 
 pytestmark = pytest.mark.unit
 
@@ -28,3 +29,14 @@ def test_few_and_many_rows_get_the_same_logits_to_rounding(group_size: int | Non
         group_size = None
     assert error_of_head(group_size, num_rows) < 0.012
     assert error_of_head(group_size, num_rows, broken=True) > 0.012
+
+
+@pytest.mark.skipif(not is_native_right(), reason="no native kernels on this machine")
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_native_head_gives_the_same_logits_to_rounding(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4992, 64, generator=generator).to(torch.bfloat16)
+    hidden = torch.randn(num_rows, 64, generator=generator).to(torch.bfloat16)
+    expected = hidden.to(torch.float32) @ weight.to(torch.float32).t()
+    assert relative_error(NativeHead(weight, 32)(hidden), expected) < 0.012
+    assert relative_error(NativeHead(weight.roll(1, dims=0), 32)(hidden), expected) > 0.012

@@ -1,0 +1,167 @@
+"""Products of packed integer weights with int8 activations: packing, the twin, the self-check, and the kernel object.
+
+Activations are quantised for each row and group of inputs, so a product differs from the dequantised one by about
+0.5 %; `native_twin` computes the same product plainly, and against that the kernels are compared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quant.errors import QuantizationError
+from quant.matrix import QuantizedMatrix
+from quant.native.library import load_library
+
+logger = logging.getLogger(__name__)
+
+GROUP_MULTIPLE = 32
+BLOCK_OUTPUTS = 16
+# fp32 sums in another order.
+NATIVE_RELATIVE_TOLERANCE = 1e-4
+
+_FP32_TO_FP32, _BF16_TO_BF16, _BF16_TO_FP32 = range(3)
+
+
+class CMatrix(ctypes.Structure):
+    """`Matrix` of kernels.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    )
+
+
+def why_not_native(matrix: QuantizedMatrix) -> str | None:
+    """None if the native product takes this matrix, else the reason."""
+    if matrix.bits not in (4, 8):
+        return f"it takes 4 and 8 bits, not {matrix.bits}"
+    if matrix.group_size % GROUP_MULTIPLE:
+        return f"it takes group sizes that are multiples of {GROUP_MULTIPLE}, not {matrix.group_size}"
+    if matrix.out_features % BLOCK_OUTPUTS:
+        return f"it takes multiples of {BLOCK_OUTPUTS} outputs, not {matrix.out_features}"
+    return None
+
+
+class NativeLinear:
+    """One matrix as the native kernels read it. Holds what `c_matrix` points to."""
+
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
+        reason = why_not_native(matrix)
+        if reason is not None:
+            raise QuantizationError(f"this matrix cannot take the native product: {reason}")
+        library = load_library()
+        if library is None:
+            raise QuantizationError("the native kernels are not available on this machine")
+        self.in_features = matrix.in_features
+        self.out_features = matrix.out_features
+        self._call = library.causerie_linear
+        self._codes = pack_codes(matrix.codes, matrix.bits)
+        self._scales = _by_block(matrix.scales.to(torch.float16))
+        is_symmetric = bool((matrix.zeros == 1 << (matrix.bits - 1)).all())
+        self._zeros = None if is_symmetric else _by_block(matrix.zeros)
+        self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        self.c_matrix = CMatrix(
+            self._codes.data_ptr(),
+            self._scales.data_ptr(),
+            None if self._zeros is None else self._zeros.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            self.in_features,
+            self.out_features,
+            matrix.group_size,
+            matrix.bits,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (rows, in), float32 or bfloat16; the product has its type."""
+        return self._multiply(x, x.dtype, _FP32_TO_FP32 if x.dtype == torch.float32 else _BF16_TO_BF16)
+
+    def to_float32(self, x: Tensor) -> Tensor:
+        """The same of bfloat16 rows, not rounded back to their type."""
+        return self._multiply(x, torch.float32, _FP32_TO_FP32 if x.dtype == torch.float32 else _BF16_TO_FP32)
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype, types: int) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[1] != self.in_features:
+            raise ValueError(f"expected (rows, {self.in_features}) float32 or bfloat16; got {tuple(x.shape)} {x.dtype}")
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], self.out_features, dtype=dtype)
+        matrix, threads = ctypes.byref(self.c_matrix), torch.get_num_threads()
+        self._call(matrix, _pointer(x), _pointer(out), x.shape[0], types, threads)
+        return out
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(out, in) uint8 codes in the order the kernels read them, flat.
+
+    Blocks of 16 outputs; in a block, steps along the inputs of 64 bytes: 16 outputs times 4 bytes. At 8 bits a step is
+    4 inputs; at 4 bits it is 8, of which the later four lie in the upper halves of the bytes.
+    """
+    out_features, in_features = codes.shape
+    blocks = codes.view(out_features // BLOCK_OUTPUTS, BLOCK_OUTPUTS, -1, 4).transpose(1, 2)  # (blocks, steps, 16, 4)
+    if bits == 8:
+        return blocks.contiguous().view(-1)
+    halves = blocks.reshape(out_features // BLOCK_OUTPUTS, in_features // 8, 2, BLOCK_OUTPUTS, 4)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(-1)
+
+
+def _by_block(values: Tensor) -> Tensor:
+    """(out, groups) -> (blocks, groups, 16), flat."""
+    return values.view(-1, BLOCK_OUTPUTS, values.shape[1]).transpose(1, 2).contiguous().view(-1)
+
+
+def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """x (rows, in) -> codes (rows, groups, group size) in -127..127 and scales (rows, groups, 1), both float32."""
+    grouped = x.to(torch.float32).unflatten(1, (-1, group_size))
+    largest = grouped.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    return (grouped * inverse).round(), largest / 127
+
+
+def native_twin(matrix: QuantizedMatrix, x: Tensor) -> Tensor:
+    """What the native product computes, in float32: rounded activations times the dequantised weight."""
+    codes, scales = quantize_activations(x, matrix.group_size)
+    return (codes * scales).flatten(1) @ matrix.dequantize().t()
+
+
+@cache
+def is_native_right() -> bool:
+    """Whether the library is there and agrees with the twin on small products; logs once."""
+    if load_library() is None:
+        return False
+    worst = max(_self_check_error(bits, rows) for bits in (4, 8) for rows in (1, 5))
+    is_right = worst <= NATIVE_RELATIVE_TOLERANCE
+    log = logger.info if is_right else logger.warning
+    log("native_self_check passed=%s error=%.1e", "yes" if is_right else "no", worst)
+    return is_right
+
+
+def _self_check_error(bits: int, rows: int) -> float:
+    """On a matrix with every code and zero point in it."""
+    generator = torch.Generator().manual_seed(0)
+    top, shape, group_size = 1 << bits, (32, 128), 32
+    groups = (shape[0], shape[1] // group_size)
+    matrix = QuantizedMatrix(
+        codes=torch.randint(0, top, shape, dtype=torch.uint8, generator=generator),
+        scales=(torch.rand(groups, generator=generator) * 0.01 + 0.005).to(torch.float16).to(torch.float32),
+        zeros=torch.randint(1, top, groups, dtype=torch.uint8, generator=generator),
+        bits=bits,
+        group_size=group_size,
+    )
+    x = torch.randn(rows, shape[1], generator=generator)
+    expected = native_twin(matrix, x)
+    error = float((NativeLinear(matrix, None)(x) - expected).norm() / expected.norm())
+    return error if error == error else float("inf")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
