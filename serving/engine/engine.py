@@ -19,6 +19,7 @@ from serving.engine.adapters import Adapter
 from serving.engine.batch import build_batch
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
+from serving.engine.prefix_keys import root_key
 from serving.engine.prepare import PreparedModel, prepare
 from serving.engine.requests import (
     CancelRequest,
@@ -54,6 +55,7 @@ class Engine:
 
     kv_bytes:  budget of the cache; what is left of it after whole blocks is not used.
     tokenizer: needed for text and stop strings; without one, events carry ids only and end-of-turn is `eos_ids`.
+    prefix_cache: a request does not compute what an earlier one with the same beginning, adapter and salt has left.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         tokenizer: ModelTokenizer | None,
         limits: EngineLimits | None = None,
         eos_ids: frozenset[int] | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         layout = KVLayout.of(model.spec, model.dtype)
         num_blocks = kv_bytes // layout.block_bytes
@@ -82,9 +85,12 @@ class Engine:
         self._sequences: dict[str, list[EngineSequence]] = {}
         self._adapters: dict[str, Adapter] = {}
         self._heads: dict[str, Tensor] = {}
+        self._has_prefix_cache = prefix_cache
+        self._model_version = 0
         self._num_arrived = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
+        self._num_reused_tokens = 0
         self._num_generated_tokens = 0
 
     @property
@@ -111,7 +117,7 @@ class Engine:
         self._adapters[name] = adapter
 
     def replace_model(self, model: PreparedModel) -> None:
-        """Go on with other weights of the same form. Adapters and heads stay.
+        """Go on with other weights of the same form. Adapters and heads stay; what is cached is forgotten.
 
         Raises RuntimeError while a request is in progress: its keys and values are the old weights'. ValueError if
         the form or the type differs.
@@ -124,6 +130,8 @@ class Engine:
                 f"the new model is {model.spec} in {model.dtype}"
             )
         self.model = model
+        self._model_version += 1
+        self._scheduler.allocator.forget_all()
 
     def set_head(self, name: str, weight: Tensor) -> None:
         """Add or replace a head of `pool` requests. weight: (outputs, hidden)."""
@@ -167,11 +175,14 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_free_blocks=scheduler.allocator.num_free,
+            num_free_blocks=scheduler.allocator.num_available,
             num_total_blocks=scheduler.allocator.num_blocks,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_idle_blocks=scheduler.allocator.num_idle,
+            num_reused_tokens=self._num_reused_tokens,
+            num_preemptions=scheduler.num_preemptions,
             freed_request_ids=list(freed_request_ids),
         )
 
@@ -206,7 +217,10 @@ class Engine:
                 strips_leading_space=self._tokenizer.strips_leading_space,
             )
         adapter = None if request.adapter is None else self._adapters[request.adapter]
-        return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer, adapter)
+        root = root_key(self._model_version, adapter, request.cache_salt) if self._has_prefix_cache else None
+        return EngineSequence(
+            request, choice_index, self._num_arrived, ids, len(ids), detokenizer, adapter, root_key=root
+        )
 
     def _drop_cancelled(self) -> tuple[list[EngineEvent], list[str]]:
         cancelled = [s for group in self._sequences.values() for s in group if s.is_cancelled]
@@ -302,10 +316,12 @@ class Engine:
             text=text,
             logprobs=logprobs,
             finish_reason=reason,
+            num_reused_tokens=sequence.num_reused or 0,
         )
 
     def _forget(self, sequence: EngineSequence) -> None:
         self._scheduler.remove(sequence)
+        self._num_reused_tokens += sequence.num_reused or 0
         siblings = self._sequences[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -364,14 +380,16 @@ def _sampling_row(sequence: EngineSequence) -> SamplingRow:
     return SamplingRow(sequence.request.sampling, sequence.choice_index, prompt_ids, sequence.generated_ids)
 
 
-def load_engine(directory: Path, *, kv_bytes: int, exact: bool, limits: EngineLimits | None = None) -> Engine:
+def load_engine(
+    directory: Path, *, kv_bytes: int, exact: bool, limits: EngineLimits | None = None, prefix_cache: bool = True
+) -> Engine:
     """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
     tokenizer = ModelTokenizer.load(directory)
     decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
     model = prepare(decoder, exact=exact)
     del decoder
     _return_freed_memory()
-    return Engine(model, kv_bytes=kv_bytes, tokenizer=tokenizer, limits=limits)
+    return Engine(model, kv_bytes=kv_bytes, tokenizer=tokenizer, limits=limits, prefix_cache=prefix_cache)
 
 
 def _return_freed_memory() -> None:
