@@ -118,6 +118,10 @@ class ServeConfig(_Checked):
         default=False,
         metadata=_about(boolean, "plain path: dequantised fp32 weights, each sequence by itself; slow, reproducible"),
     )
+    prefix_cache: bool = field(
+        default=True,
+        metadata=_about(boolean, "do not compute the beginning of a prompt again while it is still in the cache"),
+    )
     api_key_file: Path | None = field(
         default=None, metadata=_about(optional(path), f"file with the API key; or set {API_KEY_VARIABLE}")
     )
