@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import msgspec
 
@@ -10,17 +11,22 @@ from serving.engine.engine import Engine, EngineLimits
 from serving.engine.kv_blocks import KVLayout
 from serving.engine.prepare import PreparedModel, prepare
 from serving.engine.requests import EngineEvent, GenerateRequest, SamplingParams, TokenEvent
-from tests.serving.engine.tiny import EOS, SPEC, make_decoder
+from tests.serving.engine.tiny import EOS, make_decoder
+
+
+@cache
+def _plain_model() -> PreparedModel:
+    return prepare(make_decoder(), exact=True)
 
 
 def engine_of(
     num_blocks: int = 64, *, prefix_cache: bool = True, model: PreparedModel | None = None, **limits: int
 ) -> Engine:
     """On the plain path, unless another model is given."""
-    model = model or prepare(make_decoder(), exact=True)
+    model = model or _plain_model()
     return Engine(
         model,
-        kv_bytes=num_blocks * KVLayout.of(SPEC, model.dtype).block_bytes,
+        kv_bytes=num_blocks * KVLayout.of(model.spec, model.dtype).block_bytes,
         tokenizer=None,
         limits=EngineLimits(**limits),
         eos_ids=frozenset({EOS}),
