@@ -135,6 +135,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_idle_blocks: int = 0
     num_reused_tokens: int = 0  # of prompts, over finished sequences, that were found in the prefix cache
     num_preemptions: int = 0
+    num_guessed_tokens: int = 0
+    num_guessed_right: int = 0
     freed_request_ids: list[str] = []  # cancelled requests whose blocks went back in this step
 
 

@@ -10,10 +10,14 @@ meanwhile; the oldest always advances, so every accepted sequence ends. Knows in
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, blocks_for
+from serving.engine.prompt_lookup import MAX_GUESS
 from serving.engine.sequence import Sequence
+
+# With more rows a step is bound by its products, not by reading the weights: a guessed row costs what it saves.
+_MAX_GUESSING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +37,28 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` .. `start + num_tokens` of one sequence, from its first uncached one."""
+    """Tokens `start` .. `start + num_tokens` of one sequence, from its first uncached one.
+
+    The last of them may be guessed ones, which are not (yet) the sequence's.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    guess: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
 
     @property
+    def ids(self) -> list[int]:
+        return [*self.sequence.ids[self.start : self.end], *self.guess]
+
+    @property
     def is_last(self) -> bool:
-        """The chunk ends at the sequence's last id: the next token can be drawn from it."""
-        return self.end == len(self.sequence.ids)
+        """The chunk reaches the sequence's last id: the next token can be drawn from it."""
+        return self.end >= len(self.sequence.ids)
 
 
 class Scheduler:
@@ -88,14 +100,19 @@ class Scheduler:
         if self.num_preemptions == num_preemptions:
             chunks += self._admit(budget)
         # A sequence planned early in this step may have lost its blocks to an older one planned after it.
-        chunks = [chunk for chunk in chunks if chunk.sequence.blocks]
+        chunks = self._add_guesses([chunk for chunk in chunks if chunk.sequence.blocks])
         return sorted(chunks, key=lambda chunk: chunk.sequence.arrival)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The chunks' keys and values are in the cache now; blocks that are full can be shared."""
         for chunk in chunks:
-            chunk.sequence.num_cached = chunk.end
+            chunk.sequence.num_cached = chunk.end - len(chunk.guess)
             self._offer(chunk.sequence)
+
+    def accept(self, sequence: Sequence, num_guessed: int) -> None:
+        """The first guessed tokens of its chunk are the sequence's now; their keys and values are in the cache."""
+        sequence.num_cached += num_guessed
+        self._offer(sequence)
 
     def _admit(self, budget: int) -> list[Chunk]:
         """Begin waiting sequences while they fit whole, beside what those that run will need."""
@@ -120,6 +137,21 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.num_cached, num_tokens))
             budget -= num_tokens
         return chunks
+
+    def _add_guesses(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Guesses take what nobody else needs: tokens that the step has left, and room in blocks that are there."""
+        if len(chunks) > _MAX_GUESSING:
+            return chunks
+        budget = self.limits.max_step_tokens - sum(chunk.num_tokens for chunk in chunks)
+        return [self._with_guess(chunk, budget // len(chunks)) for chunk in chunks]
+
+    def _with_guess(self, chunk: Chunk, budget: int) -> Chunk:
+        sequence = chunk.sequence
+        if sequence.lookup is None or chunk.num_tokens > 1 or not chunk.is_last:
+            return chunk
+        room = len(sequence.blocks) * BLOCK_SIZE - chunk.end
+        guess = sequence.lookup.guess(sequence.ids, min(MAX_GUESS, budget, room))
+        return replace(chunk, num_tokens=1 + len(guess), guess=tuple(guess))
 
     def _begin(self, sequence: Sequence, prefix: list[int]) -> None:
         """Move a waiting sequence to running, with the blocks of its beginning that are known."""

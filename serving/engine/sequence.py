@@ -11,6 +11,7 @@ from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE
 from serving.engine.prefix_keys import block_key
+from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import FinishReason, GenerateRequest, PoolRequest, ScoreRequest, TokenLogprob
 
 
@@ -33,6 +34,7 @@ class Sequence:
     is_cancelled: bool = False
     finish_reason: FinishReason | None = None
     scored: list[TokenLogprob] = field(default_factory=list[TokenLogprob])  # of a score request, so far
+    lookup: PromptLookup | None = None  # where it guesses what comes next
     _keys: list[bytes] = field(default_factory=list[bytes])
 
     @property

@@ -20,7 +20,12 @@ def _plain_model() -> PreparedModel:
 
 
 def engine_of(
-    num_blocks: int = 64, *, prefix_cache: bool = True, model: PreparedModel | None = None, **limits: int
+    num_blocks: int = 64,
+    *,
+    prefix_cache: bool = True,
+    prompt_lookup: bool = False,
+    model: PreparedModel | None = None,
+    **limits: int,
 ) -> Engine:
     """On the plain path, unless another model is given."""
     model = model or _plain_model()
@@ -31,6 +36,7 @@ def engine_of(
         limits=EngineLimits(**limits),
         eos_ids=frozenset({EOS}),
         prefix_cache=prefix_cache,
+        prompt_lookup=prompt_lookup,
     )
 
 

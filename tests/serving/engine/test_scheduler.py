@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator
 from serving.engine.prefix_keys import root_key
+from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import GenerateRequest, PoolRequest, SamplingParams, ScoreRequest, TokenLogprob
 from serving.engine.scheduler import Chunk, EngineLimits, Scheduler
 from serving.engine.sequence import Sequence
@@ -21,7 +22,7 @@ SALTS = ("", "x")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Each slot holds what the model would have put there: the salt and all ids up to its position.
+    """Each slot holds what the model would have put there: a function of the salt and all ids up to its position.
 
     Whatever a chunk attends to is compared with the sequence's own ids: content of another prompt, of a block that was
     taken back, or of one that was never written would show.
@@ -31,7 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         limits = EngineLimits(max_running=5, max_waiting=20, max_step_tokens=20)
         self.scheduler = RecordingScheduler(BlockAllocator(NUM_BLOCKS), limits)
-        self.slots: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.slots: dict[int, int] = {}
         self.sequences: list[Sequence] = []
         self.num_arrived = 0
 
@@ -40,14 +41,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         parts=st.lists(st.sampled_from([0, 1]), max_size=4),
         rest=st.integers(1, BLOCK_SIZE),
         salt=st.sampled_from(SALTS),
+        guesses=st.booleans(),
     )
-    def arrive(self, kinds: list[str], parts: list[int], rest: int, salt: str) -> None:
+    def arrive(self, kinds: list[str], parts: list[int], rest: int, salt: str, *, guesses: bool) -> None:
         ids = [part for part in parts for _ in range(BLOCK_SIZE)] + [2] * rest
         for kind in kinds:
             self.num_arrived += 1
             sequence = sequence_of(self.num_arrived, list(ids), kind, root=root_key(0, None, salt))
             self.sequences.append(sequence)
             self.salts[sequence] = salt
+            sequence.lookup = PromptLookup() if guesses and kind == "generate" else None
             self.scheduler.add(sequence)
 
     @property
@@ -82,17 +85,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in chunks:
             sequence = chunk.sequence
             assert chunk.num_tokens >= 1
+            ids = [*sequence.ids, *chunk.guess]
+            assert chunk.ids == ids[chunk.start : chunk.end]
+            contents = self.contents(sequence, ids)
             for position in range(chunk.start, chunk.end):
                 slot = sequence.slot_of(position)
                 assert slot not in written
                 assert self.scheduler.allocator.num_holders(slot // BLOCK_SIZE) == 1
                 written.add(slot)
-                self.slots[slot] = (self.salts[sequence], tuple(sequence.ids[: position + 1]))
+                self.slots[slot] = contents[position]
         for chunk in chunks:
-            sequence = chunk.sequence
-            for position in range(chunk.end):
-                expected = (self.salts[sequence], tuple(sequence.ids[: position + 1]))
-                assert self.slots[sequence.slot_of(position)] == expected
+            contents = self.contents(chunk.sequence, [*chunk.sequence.ids, *chunk.guess])
+            found = [self.slots[chunk.sequence.slot_of(position)] for position in range(chunk.end)]
+            assert found == contents[: chunk.end]
+
+    def contents(self, sequence: Sequence, ids: list[int]) -> list[int]:
+        """A hash for every position."""
+        contents: list[int] = []
+        for token_id in ids:
+            contents.append(hash((contents[-1] if contents else self.salts[sequence], token_id)))
+        return contents
 
     def advance(self, chunk: Chunk, word: int) -> None:
         sequence = chunk.sequence
@@ -105,8 +117,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if isinstance(sequence.request, ScoreRequest):
             assert len(sequence.scored) == len(sequence.ids) - 1
         if isinstance(sequence.request, GenerateRequest):
-            sequence.ids.append(word)
-            if sequence.num_generated < 40 and len(sequence.ids) < MAX_CONTEXT:
+            num_right = next((i for i, guessed in enumerate(chunk.guess) if guessed != word), len(chunk.guess))
+            sequence.ids += [word] * (num_right + 1)
+            self.scheduler.accept(sequence, num_right)
+            assert sequence.num_pending == 1
+            if sequence.num_generated < 40 and len(sequence.ids) < MAX_CONTEXT - 4:
                 return
         self.finish(sequence)
 
@@ -156,7 +171,7 @@ class RecordingScheduler(Scheduler):
         super()._preempt(sequence)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 
 
