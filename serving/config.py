@@ -42,6 +42,7 @@ _OTHER_VARIABLES = (
 )
 
 OnFlagged: TypeAlias = Literal["error", "refuse"]
+Speculative: TypeAlias = Literal["off", "prompt-lookup"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
 
@@ -121,6 +122,13 @@ class ServeConfig(_Checked):
     prefix_cache: bool = field(
         default=True,
         metadata=_about(boolean, "do not compute the beginning of a prompt again while it is still in the cache"),
+    )
+    speculative: Speculative = field(
+        default="off",
+        metadata=_about(
+            choice("off", "prompt-lookup"),
+            "prompt-lookup: guess what an answer repeats and keep what was right: fewer steps",
+        ),
     )
     api_key_file: Path | None = field(
         default=None, metadata=_about(optional(path), f"file with the API key; or set {API_KEY_VARIABLE}")

@@ -202,6 +202,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
         exact=settings.exact,
         limits=limits,
         prefix_cache=settings.prefix_cache,
+        prompt_lookup=settings.prompt_lookup,
     )
     torch.set_num_threads(num_threads)
     return engine

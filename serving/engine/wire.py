@@ -37,6 +37,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     exact: bool = False
     prefix_cache: bool = True
+    prompt_lookup: bool = False
     max_running: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 256
