@@ -181,6 +181,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            num_awaiting_prefix=scheduler.num_awaiting_prefix,
             num_free_blocks=scheduler.allocator.num_available,
             num_total_blocks=scheduler.allocator.num_blocks,
             num_steps=self._num_steps,

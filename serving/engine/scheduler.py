@@ -68,6 +68,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival, like `running`: oldest first
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_awaiting_prefix = 0  # of those waiting: there is room, but their beginning is just being computed
 
     @property
     def has_work(self) -> bool:
@@ -96,6 +97,7 @@ class Scheduler:
             if num_tokens > 0 and self._reserve(sequence, num_tokens):
                 chunks.append(Chunk(sequence, sequence.num_cached, num_tokens))
                 budget -= num_tokens
+        self.num_awaiting_prefix = 0
         # A sequence preempted in this step waits for the next one: its old chunk must not meet its new blocks.
         if self.num_preemptions == num_preemptions:
             chunks += self._admit(budget)
@@ -117,13 +119,13 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Chunk]:
         """Begin waiting sequences while they fit whole, beside what those that run will need."""
         chunks: list[Chunk] = []
-        # Every running sequence gets a token a step: there are never more of them than a step has tokens.
-        max_running = min(self.limits.max_running, self.limits.max_step_tokens)
         for sequence in list(self.waiting):
-            if budget < 1 or len(self.running) >= max_running:
+            # Those that run have had a token each of this step's: there are never more of them than a step has tokens.
+            if budget < 1 or len(self.running) >= self.limits.max_running:
                 break
             prefix = self._find_prefix(sequence)
             if self._is_being_computed(sequence, len(prefix)):
+                self.num_awaiting_prefix += 1
                 continue
             # A block that somebody holds already costs nothing.
             num_shared = sum(self.allocator.num_holders(block) > 0 for block in prefix)

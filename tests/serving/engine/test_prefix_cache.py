@@ -152,6 +152,15 @@ def test_requests_that_come_at_once_wait_for_the_one_that_computes_their_beginni
         assert tokens(events, request.request_id) == alone(request)[0]
 
 
+def test_choices_that_wait_for_their_prompt_are_not_taken_for_a_full_cache() -> None:
+    """The gateway refuses new requests where something waits for room."""
+    engine = engine_of()
+    engine.submit(generate("a", SHARED[:40], num_choices=4))
+    first, second = engine.step().stats, engine.step().stats
+    assert (first.num_running, first.num_waiting, first.num_awaiting_prefix) == (1, 3, 3)
+    assert (second.num_running, second.num_waiting, second.num_awaiting_prefix) == (4, 0, 0)
+
+
 def test_who_waits_for_a_beginning_does_not_hold_up_others() -> None:
     engine = engine_of(max_step_tokens=96)
     for request in (generate("a", SHARED[:80]), generate("b", SHARED[:80]), generate("other", prompt_of(10, seed=5))):
