@@ -228,3 +228,16 @@ def test_a_preempted_sequence_comes_back_to_the_blocks_that_nobody_needed() -> N
     scheduler.remove(older)
     (chunk,) = scheduler.plan()
     assert (chunk.sequence, chunk.start) == (younger, 32)
+    assert younger.num_reused == 0  # what it had computed itself was not there before it
+
+
+def test_a_small_sequence_does_not_pass_a_large_one_that_waits_for_room() -> None:
+    scheduler = Scheduler(BlockAllocator(6), EngineLimits())
+    running, large, small = sequence_of(1, [1] * 15), sequence_of(2, [2] * 70), sequence_of(3, [3] * 15)
+    scheduler.add(running)
+    scheduler.commit(scheduler.plan())
+    running.ids.append(1)
+    for sequence in (large, small):
+        scheduler.add(sequence)
+    scheduler.commit(scheduler.plan())
+    assert (scheduler.running, scheduler.waiting) == ([running], [large, small])
