@@ -60,6 +60,7 @@ OnFlagged: TypeAlias = Literal["error", "refuse"]
 Mode: TypeAlias = Literal["off", "log", "block"]
 Preset: TypeAlias = Literal["strict", "balanced", "lenient", "none"]
 Fail: TypeAlias = Literal["closed", "open"]
+Speculative: TypeAlias = Literal["off", "prompt-lookup"]
 # What may have a threshold of its own: OpenAI's categories, and what the classifier knows besides.
 _SCORED_NAMES = (*(category.value for category in Category), "jailbreak")
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -178,6 +179,17 @@ class ServeConfig(_Checked):
     exact: bool = field(
         default=False,
         metadata=_about(boolean, "plain path: dequantised fp32 weights, each sequence by itself; slow, reproducible"),
+    )
+    prefix_cache: bool = field(
+        default=True,
+        metadata=_about(boolean, "do not compute the beginning of a prompt again while it is still in the cache"),
+    )
+    speculative: Speculative = field(
+        default="off",
+        metadata=_about(
+            choice("off", "prompt-lookup"),
+            "prompt-lookup: guess what an answer repeats and keep what was right: fewer steps",
+        ),
     )
     api_key_file: Path | None = field(
         default=None, metadata=_about(optional(path), f"file with the API key; or set {API_KEY_VARIABLE}")

@@ -141,7 +141,18 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("causerie_sequences_running", "Sequences in the batch", stats.num_running)
         yield GaugeMetricFamily("causerie_sequences_waiting", "Sequences in the queue", stats.num_waiting)
         yield GaugeMetricFamily("causerie_kv_blocks_used", "Cache blocks in use", num_used)
+        yield GaugeMetricFamily(
+            "causerie_kv_blocks_idle",
+            "Cache blocks not in use that hold the beginning of a prompt",
+            stats.num_idle_blocks,
+        )
         yield GaugeMetricFamily("causerie_kv_blocks_total", "Cache blocks there are", stats.num_total_blocks)
+        yield CounterMetricFamily(
+            "causerie_prompt_tokens_reused", "Prompt tokens found in the cache", value=stats.num_reused_tokens
+        )
+        yield CounterMetricFamily(
+            "causerie_preemptions", "Sequences that gave their cache to older ones", value=stats.num_preemptions
+        )
         yield CounterMetricFamily(
             "causerie_engine_steps", "Engine steps since its process started", value=stats.num_steps
         )

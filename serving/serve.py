@@ -234,6 +234,8 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
         directory="",  # given to EngineClient.start, once it is known
         kv_bytes=config.kv_memory_bytes,
         exact=config.exact,
+        prefix_cache=config.prefix_cache,
+        prompt_lookup=config.speculative == "prompt-lookup",
         max_running=config.limits.max_running,
         max_waiting=config.limits.max_waiting,
         max_step_tokens=config.prefill_chunk_tokens,

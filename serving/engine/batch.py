@@ -58,7 +58,7 @@ def build_batch(chunks: Items[Chunk]) -> StepBatch:
     first_rows: list[int] = []
     for chunk in chunks:
         first_rows.append(len(ids))
-        ids += chunk.sequence.ids[chunk.start : chunk.end]
+        ids += chunk.ids
         positions += range(chunk.start, chunk.end)
         slots += [chunk.sequence.slot_of(position) for position in range(chunk.start, chunk.end)]
     groups, spans = _split(chunks, first_rows)

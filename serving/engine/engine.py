@@ -18,7 +18,9 @@ from quant.errors import CheckpointError
 from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
+from serving.engine.prefix_keys import root_key
 from serving.engine.prepare import PreparedModel, prepare
+from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import (
     CancelRequest,
     EngineEvent,
@@ -53,6 +55,8 @@ class Engine:
 
     kv_bytes:  budget of the cache; what is left of it after whole blocks is not used.
     tokenizer: needed for text and stop strings; without one, events carry ids only and end-of-turn is `eos_ids`.
+    prefix_cache: a request does not compute what an earlier one with the same beginning, adapter and salt has left.
+    prompt_lookup: sequences guess what comes next from what they have said; see `prompt_lookup.py`.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Engine:
         tokenizer: ModelTokenizer | None,
         limits: EngineLimits | None = None,
         eos_ids: frozenset[int] | None = None,
+        prefix_cache: bool = True,
+        prompt_lookup: bool = False,
     ) -> None:
         layout = KVLayout.of(model.spec, model.dtype)
         num_blocks = kv_bytes // layout.block_bytes
@@ -81,10 +87,16 @@ class Engine:
         self._sequences: dict[str, list[EngineSequence]] = {}
         self._adapters: dict[str, Adapter] = {}
         self._heads: dict[str, Tensor] = {}
+        self._has_prefix_cache = prefix_cache
+        self._has_prompt_lookup = prompt_lookup
+        self._model_version = 0
         self._num_arrived = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
+        self._num_reused_tokens = 0
         self._num_generated_tokens = 0
+        self._num_guessed_tokens = 0
+        self._num_guessed_right = 0
 
     @property
     def has_work(self) -> bool:
@@ -110,7 +122,7 @@ class Engine:
         self._adapters[name] = adapter
 
     def replace_model(self, model: PreparedModel) -> None:
-        """Go on with other weights of the same form. Adapters and heads stay.
+        """Go on with other weights of the same form. Adapters and heads stay; what is cached is forgotten.
 
         Raises RuntimeError while a request is in progress: its keys and values are the old weights'. ValueError if
         the form or the type differs.
@@ -123,6 +135,8 @@ class Engine:
                 f"the new model is {model.spec} in {model.dtype}"
             )
         self.model = model
+        self._model_version += 1
+        self._scheduler.allocator.forget_all()
 
     def set_head(self, name: str, weight: Tensor) -> None:
         """Add or replace a head of `pool` requests. weight: (outputs, hidden)."""
@@ -166,11 +180,17 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_free_blocks=scheduler.allocator.num_free,
+            num_awaiting_prefix=scheduler.num_awaiting_prefix,
+            num_free_blocks=scheduler.allocator.num_available,
             num_total_blocks=scheduler.allocator.num_blocks,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_idle_blocks=scheduler.allocator.num_idle,
+            num_reused_tokens=self._num_reused_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_guessed_tokens=self._num_guessed_tokens,
+            num_guessed_right=self._num_guessed_right,
             freed_request_ids=list(freed_request_ids),
         )
 
@@ -205,7 +225,11 @@ class Engine:
                 strips_leading_space=self._tokenizer.strips_leading_space,
             )
         adapter = None if request.adapter is None else self._adapters[request.adapter]
-        return EngineSequence(request, choice_index, self._num_arrived, ids, len(ids), detokenizer, adapter)
+        root = root_key(self._model_version, adapter, request.cache_salt) if self._has_prefix_cache else None
+        lookup = PromptLookup() if self._has_prompt_lookup and isinstance(request, GenerateRequest) else None
+        return EngineSequence(
+            request, choice_index, self._num_arrived, ids, len(ids), detokenizer, adapter, root_key=root, lookup=lookup
+        )
 
     def _drop_cancelled(self) -> tuple[list[EngineEvent], list[str]]:
         cancelled = [s for group in self._sequences.values() for s in group if s.is_cancelled]
@@ -223,65 +247,89 @@ class Engine:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _sample(self, chunks: list[Chunk], hidden: Tensor) -> list[EngineEvent]:
-        ready: list[EngineSequence] = []
+        """One token of every sequence that is ready, and one more for every guessed token that was drawn too."""
+        ready: list[Chunk] = []
         rows: list[int] = []
+        drawing: list[SamplingRow] = []
         for chunk, last_row in zip(chunks, _last_rows(chunks), strict=True):
             if isinstance(chunk.sequence.request, GenerateRequest) and chunk.is_last:
-                ready.append(chunk.sequence)
-                rows.append(last_row)
+                ready.append(chunk)
+                rows += range(last_row - len(chunk.guess), last_row + 1)
+                drawing += [_sampling_row(chunk.sequence, chunk.guess[:i]) for i in range(len(chunk.guess) + 1)]
         if not ready:
             return []
         logits = self._logits(hidden.index_select(0, torch.tensor(rows)))
-        ids = sample(logits, [_sampling_row(sequence) for sequence in ready])
-        logprobs = self._generated_logprobs(logits, ready, ids)
-        return [
-            self._append(sequence, token, logprobs.get(i))
-            for i, (sequence, token) in enumerate(zip(ready, ids, strict=True))
-        ]
+        drawn = sample(logits, drawing)
+        logprobs = self._generated_logprobs(logits, drawing, drawn)
+        events: list[EngineEvent] = []
+        first = 0
+        for chunk in ready:
+            num_right = _num_equal(chunk.guess, drawn[first:])
+            kept = range(first, first + num_right + 1)
+            events.append(self._append(chunk, num_right, [drawn[i] for i in kept], [logprobs.get(i) for i in kept]))
+            first += len(chunk.guess) + 1
+        return events
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if not self.model.is_exact:
             return self.model.head(hidden)
         return torch.cat([self.model.head(hidden[i : i + 1]) for i in range(hidden.shape[0])])
 
-    def _generated_logprobs(
-        self, logits: Tensor, ready: list[EngineSequence], ids: list[int]
-    ) -> dict[int, TokenLogprob]:
+    def _generated_logprobs(self, logits: Tensor, rows: list[SamplingRow], ids: list[int]) -> dict[int, TokenLogprob]:
         alike: dict[tuple[int, float], list[int]] = {}
-        for index, sequence in enumerate(ready):
-            assert isinstance(sequence.request, GenerateRequest)
-            sampling = sequence.request.sampling
-            if sampling.num_top_logprobs is not None:
-                alike.setdefault((sampling.num_top_logprobs, sampling.logprob_temperature), []).append(index)
+        for index, row in enumerate(rows):
+            if row.params.num_top_logprobs is not None:
+                alike.setdefault((row.params.num_top_logprobs, row.params.logprob_temperature), []).append(index)
         found: dict[int, TokenLogprob] = {}
         for (num_top, temperature), indices in alike.items():
             values = token_logprobs(logits[indices], [ids[i] for i in indices], num_top, temperature)
             found.update(zip(indices, values, strict=True))
         return found
 
-    def _append(self, sequence: EngineSequence, token_id: int, logprob: TokenLogprob | None) -> EngineEvent:
-        """Commit one sampled token: text, stop conditions, and the terminal event if this was the last."""
-        assert isinstance(sequence.request, GenerateRequest)
-        sampling = sequence.request.sampling
-        sequence.ids.append(token_id)
-        self._num_generated_tokens += 1
-        text = sequence.detokenizer.feed(token_id) if sequence.detokenizer else ""
-        is_stopped = sequence.detokenizer is not None and sequence.detokenizer.is_stopped
+    def _append(
+        self, chunk: Chunk, num_right: int, token_ids: list[int], logprobs: list[TokenLogprob | None]
+    ) -> EngineEvent:
+        """Commit sampled tokens up to the one that ends the answer; the first `num_right` were guessed."""
+        sequence = chunk.sequence
+        text = ""
         reason: FinishReason | None = None
-        if is_stopped or (token_id in self._eos_ids and not sampling.ignore_eos):
-            reason = "stop"
-        elif sequence.num_generated >= sampling.max_tokens or len(sequence.ids) >= self.max_context:
-            reason = "length"
-        logprobs = None if logprob is None else [logprob]
+        num_kept = 0
+        while num_kept < len(token_ids) and reason is None:
+            sequence.ids.append(token_ids[num_kept])
+            text += sequence.detokenizer.feed(token_ids[num_kept]) if sequence.detokenizer else ""
+            reason = self._reason_to_end(sequence)
+            num_kept += 1
+        self._num_generated_tokens += num_kept
+        self._learn(chunk, min(num_right, num_kept))
+        kept_logprobs = [logprob for logprob in logprobs[:num_kept] if logprob is not None] or None
         if reason is not None:
-            return self._finish(sequence, reason, [token_id], text, logprobs)
+            return self._finish(sequence, reason, token_ids[:num_kept], text, kept_logprobs)
         return TokenEvent(
             request_id=sequence.request_id,
             choice_index=sequence.choice_index,
-            token_ids=[token_id],
+            token_ids=token_ids,
             text=text,
-            logprobs=logprobs,
+            logprobs=kept_logprobs,
         )
+
+    def _reason_to_end(self, sequence: EngineSequence) -> FinishReason | None:
+        """Whether the token just appended is the last."""
+        assert isinstance(sequence.request, GenerateRequest)
+        sampling = sequence.request.sampling
+        is_stopped = sequence.detokenizer is not None and sequence.detokenizer.is_stopped
+        if is_stopped or (sequence.ids[-1] in self._eos_ids and not sampling.ignore_eos):
+            return "stop"
+        if sequence.num_generated >= sampling.max_tokens or len(sequence.ids) >= self.max_context:
+            return "length"
+        return None
+
+    def _learn(self, chunk: Chunk, num_right: int) -> None:
+        if chunk.sequence.lookup is None or not chunk.guess:
+            return
+        chunk.sequence.lookup.learn(len(chunk.guess), num_right)
+        self._scheduler.accept(chunk.sequence, num_right)
+        self._num_guessed_tokens += len(chunk.guess)
+        self._num_guessed_right += num_right
 
     def _finish(
         self,
@@ -301,10 +349,12 @@ class Engine:
             text=text,
             logprobs=logprobs,
             finish_reason=reason,
+            num_reused_tokens=sequence.num_reused or 0,
         )
 
     def _forget(self, sequence: EngineSequence) -> None:
         self._scheduler.remove(sequence)
+        self._num_reused_tokens += sequence.num_reused or 0
         siblings = self._sequences[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -357,20 +407,45 @@ def _last_rows(chunks: Iterable[Chunk]) -> list[int]:
     return rows
 
 
-def _sampling_row(sequence: EngineSequence) -> SamplingRow:
+def _sampling_row(sequence: EngineSequence, guess: Sequence[int]) -> SamplingRow:
+    """What is drawn after `guess`."""
     assert isinstance(sequence.request, GenerateRequest)
     prompt_ids = sequence.ids[: sequence.num_prompt]
-    return SamplingRow(sequence.request.sampling, sequence.choice_index, prompt_ids, sequence.generated_ids)
+    generated_ids = [*sequence.generated_ids, *guess]
+    return SamplingRow(sequence.request.sampling, sequence.choice_index, prompt_ids, generated_ids)
 
 
-def load_engine(directory: Path, *, kv_bytes: int, exact: bool, limits: EngineLimits | None = None) -> Engine:
+def _num_equal(guess: Sequence[int], drawn: Sequence[int]) -> int:
+    """How many leading tokens were guessed right."""
+    count = 0
+    while count < len(guess) and guess[count] == drawn[count]:
+        count += 1
+    return count
+
+
+def load_engine(
+    directory: Path,
+    *,
+    kv_bytes: int,
+    exact: bool,
+    limits: EngineLimits | None = None,
+    prefix_cache: bool = True,
+    prompt_lookup: bool = False,
+) -> Engine:
     """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
     tokenizer = ModelTokenizer.load(directory)
     decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
     model = prepare(decoder, exact=exact)
     del decoder
     _return_freed_memory()
-    return Engine(model, kv_bytes=kv_bytes, tokenizer=tokenizer, limits=limits)
+    return Engine(
+        model,
+        kv_bytes=kv_bytes,
+        tokenizer=tokenizer,
+        limits=limits,
+        prefix_cache=prefix_cache,
+        prompt_lookup=prompt_lookup,
+    )
 
 
 def _return_freed_memory() -> None:

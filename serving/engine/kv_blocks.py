@@ -1,13 +1,15 @@
-"""Who owns which block of the KV cache, and how keys and values lie in memory.
+"""Who holds which block of the KV cache, and how keys and values lie in memory.
 
-`BlockAllocator` deals in integers only and needs no model. `KVCache` and the attention in `runner.py` are the only
-code that knows the layout, so a native kernel or another device can change it without touching the scheduler.
+`BlockAllocator` deals in integers and opaque keys (`prefix_keys.py`) and needs no model. `KVCache` and the attention in
+`runner.py` are the only code that knows the layout, so a native kernel or another device can change it without touching
+the scheduler.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,12 @@ BLOCK_SIZE = 16  # tokens; small enough to waste little on short chats, large en
 class BlockAllocator:
     """Hands out block indices, lowest first: neighbours stay neighbours, and untouched memory stays unmapped.
 
-    Invariant: every block is free or has exactly one owner; free + used = total.
+    A block is free, held (by one sequence, or by several that share it) or idle: held by nobody, but its content is
+    known under a key, so it is kept until its room is needed.
+
+    Invariants: free + held + idle = total. Keys form chains, and who holds a block holds the whole chain before it
+    and releases it in one call. So a block never becomes idle before those that continue it, and taking back the
+    longest idle one first always takes the end of a chain.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -30,26 +37,79 @@ class BlockAllocator:
             raise ValueError(f"a KV cache needs at least 1 block, got {num_blocks}")
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks))
-        self._used: set[int] = set()
+        self._num_holders: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._block_of_key: dict[bytes, int] = {}
+        self._key_of_block: dict[int, bytes] = {}
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_available(self) -> int:
+        """What `allocate` can give: free and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def num_holders(self, block: int) -> int:
+        return self._num_holders.get(block, 0)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks. Raises ValueError when fewer are free: callers ask `num_free` first."""
-        if count > self.num_free:
-            raise ValueError(f"{count} blocks asked for, {self.num_free} free")
+        """Take `count` blocks, forgetting the content of idle ones if it must.
+
+        Raises ValueError when fewer are available: callers ask `num_available` first.
+        """
+        if count > self.num_available:
+            raise ValueError(f"{count} blocks asked for, {self.num_available} available")
+        for _ in range(count - len(self._free)):
+            self._make_free(self._idle.popitem(last=False)[0])
         taken = [heapq.heappop(self._free) for _ in range(count)]
-        self._used.update(taken)
+        for block in taken:
+            self._num_holders[block] = 1
         return taken
 
-    def free(self, blocks: Sequence[int]) -> None:
+    def share(self, blocks: Sequence[int]) -> None:
+        """One more holder for blocks that `find` gave, from the first of the chain on."""
         for block in blocks:
-            if block not in self._used:
-                raise ValueError(f"block {block} is freed but has no owner")
-            self._used.remove(block)
-            heapq.heappush(self._free, block)
+            self._num_holders[block] = self.num_holders(block) + 1
+            self._idle.pop(block, None)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder fewer for all blocks that it holds, in the order of the chain."""
+        for block in reversed(blocks):
+            num_holders = self.num_holders(block)
+            if num_holders == 0:
+                raise ValueError(f"block {block} is released but nobody holds it")
+            if num_holders > 1:
+                self._num_holders[block] = num_holders - 1
+                continue
+            del self._num_holders[block]
+            if block in self._key_of_block:
+                self._idle[block] = None
+            else:
+                heapq.heappush(self._free, block)
+
+    def remember(self, block: int, key: bytes) -> bool:
+        """Make a held block with its final content findable. False: another block is known under this key."""
+        if self._block_of_key.setdefault(key, block) != block:
+            return False
+        self._key_of_block[block] = key
+        return True
+
+    def find(self, key: bytes) -> int | None:
+        """The block with this content, held or idle. It is the caller's only after `share`."""
+        return self._block_of_key.get(key)
+
+    def forget_all(self) -> None:
+        """No content is known any more; idle blocks are free."""
+        while self._idle:
+            self._make_free(self._idle.popitem()[0])
+        self._block_of_key.clear()
+        self._key_of_block.clear()
+
+    def _make_free(self, block: int) -> None:
+        del self._block_of_key[self._key_of_block.pop(block)]
+        heapq.heappush(self._free, block)
 
 
 def blocks_for(num_tokens: int) -> int:

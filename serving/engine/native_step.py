@@ -127,7 +127,7 @@ class NativeStep:
 
     def run(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
         """As `runner.run_step`: (rows, hidden) bfloat16 after the final norm; every row's key and value is cached."""
-        ids = torch.tensor([i for chunk in chunks for i in chunk.sequence.ids[chunk.start : chunk.end]])
+        ids = torch.tensor([i for chunk in chunks for i in chunk.ids])
         positions = torch.tensor([p for chunk in chunks for p in range(chunk.start, chunk.end)])
         sequences = torch.tensor([i for i, c in enumerate(chunks) for _ in range(c.num_tokens)], dtype=torch.int32)
         width = max(len(chunk.sequence.blocks) for chunk in chunks)

@@ -196,7 +196,14 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
         max_waiting=settings.max_waiting + settings.max_running,  # the client refuses first, and knows Retry-After
         max_step_tokens=settings.max_step_tokens,
     )
-    engine = load_engine(Path(settings.directory), kv_bytes=settings.kv_bytes, exact=settings.exact, limits=limits)
+    engine = load_engine(
+        Path(settings.directory),
+        kv_bytes=settings.kv_bytes,
+        exact=settings.exact,
+        limits=limits,
+        prefix_cache=settings.prefix_cache,
+        prompt_lookup=settings.prompt_lookup,
+    )
     torch.set_num_threads(num_threads)
     return engine
 

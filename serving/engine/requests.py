@@ -32,6 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """`cache_salt`, here and below: only requests with the same one share what is cached of their beginnings."""
+
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
@@ -85,7 +87,9 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
     """New tokens of one choice. `text` may be empty (half a character, a held-back stop string), never taken back.
 
-    `token_ids` are the ids sampled since the last event, end-of-turn included. The terminal one has a `finish_reason`.
+    `token_ids` are the ids sampled since the last event, end-of-turn included. The terminal one has a `finish_reason`,
+    and says how many tokens of the prompt this choice found in the prefix cache. Choice 0 goes first, so its number is
+    what earlier requests had left; the other choices also find what choice 0 has just computed.
     """
 
     request_id: str
@@ -94,6 +98,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
     text: str
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    num_reused_tokens: int = 0
 
 
 class ScoreEvent(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
@@ -122,11 +127,17 @@ EngineEvent: TypeAlias = TokenEvent | ScoreEvent | PoolEvent | FailedEvent
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
-    num_free_blocks: int
+    num_free_blocks: int  # held by no sequence; `num_idle_blocks` of them hold a beginning that may come again
     num_total_blocks: int
     num_steps: int  # completed since the process started
     num_prompt_tokens: int  # totals since the process started
     num_generated_tokens: int
+    num_awaiting_prefix: int = 0  # of the waiting ones: there is room, but their beginning is just being computed
+    num_idle_blocks: int = 0
+    num_reused_tokens: int = 0  # of prompts, over finished sequences, that were found in the prefix cache
+    num_preemptions: int = 0
+    num_guessed_tokens: int = 0
+    num_guessed_right: int = 0
     freed_request_ids: list[str] = []  # cancelled requests whose blocks went back in this step
 
 

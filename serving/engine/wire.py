@@ -36,6 +36,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     directory: str  # the model directory
     kv_bytes: int
     exact: bool = False
+    prefix_cache: bool = True
+    prompt_lookup: bool = False
     max_running: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 256

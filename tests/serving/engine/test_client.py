@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from quant.errors import CheckpointError
@@ -220,6 +221,25 @@ async def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
         assert text_of(await read(client.submit(generate("third")))) == "0 1 2 3 4 "
 
 
+async def test_sequences_that_wait_for_a_beginning_do_not_make_the_queue_full() -> None:
+    async with running(EngineClient(settings(max_running=4, max_waiting=1))) as client:
+        stream = client.submit(generate("four", num_choices=2, max_tokens=10**9))
+        await anext(stream)
+        stats = client.stats
+        assert stats is not None
+        for num_awaiting, is_refused in ((1, False), (0, True)):
+            client.stats = msgspec.structs.replace(
+                stats, num_running=1, num_waiting=1, num_awaiting_prefix=num_awaiting
+            )
+            if is_refused:
+                with pytest.raises(QueueFull):
+                    client.submit(generate("other"))
+            else:
+                other = client.submit(generate("accepted"))
+                await other.aclose()
+        await stream.aclose()
+
+
 async def test_a_model_that_cannot_be_served_fails_the_start_with_its_reason() -> None:
     client = EngineClient(settings("broken_checkpoint"))
     with pytest.raises(CheckpointError, match=r"/nowhere: config.json is missing"):
@@ -327,8 +347,6 @@ async def test_draining_does_not_wait_for_ever() -> None:
 
 def test_end_of_input_alone_also_ends_an_engine(tmp_path: Path) -> None:
     """The way out where there is no parent-death signal."""
-    import msgspec
-
     arguments = (msgspec.json.encode(settings()).decode(), str(tmp_path), str(os.getpid()))
     command = python_command("serving.engine.process", *arguments)
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(os.environ)) as engine:

@@ -17,31 +17,31 @@ def test_no_block_has_two_owners_and_none_is_lost(sizes: list[int]) -> None:
     allocator = BlockAllocator(16)
     owned: list[list[int]] = []
     for size in sizes:
-        if size <= allocator.num_free:
+        if size <= allocator.num_available:
             owned.append(allocator.allocate(size))
         elif owned:
-            allocator.free(owned.pop(0))
+            allocator.release(owned.pop(0))
         held = [block for blocks in owned for block in blocks]
         assert len(held) == len(set(held))
-        assert len(held) + allocator.num_free == 16
+        assert len(held) + allocator.num_available == 16
 
 
 def test_lowest_blocks_go_first_so_memory_stays_unmapped() -> None:
     allocator = BlockAllocator(8)
     first = allocator.allocate(3)
     allocator.allocate(2)
-    allocator.free(first)
+    allocator.release(first)
     assert allocator.allocate(4) == [0, 1, 2, 5]
 
 
-def test_freeing_a_block_without_owner_is_refused() -> None:
+def test_releasing_a_block_that_nobody_holds_is_refused() -> None:
     allocator = BlockAllocator(2)
-    with pytest.raises(ValueError, match="no owner"):
-        allocator.free([0])
+    with pytest.raises(ValueError, match="nobody holds it"):
+        allocator.release([0])
 
 
-def test_asking_for_more_than_is_free_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 free"):
+def test_asking_for_more_than_there_is_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 available"):
         BlockAllocator(2).allocate(3)
 
 
