@@ -1,7 +1,9 @@
-"""The decode step of a Llama-like model as one native call: the fast twin of `runner.run_step` for few rows.
+"""The step of a Llama-like model as one native call: the fast twin of `runner.run_step`.
 
 It reads the same prepared weights and the same cache. Whether a model has one is decided once, at preparation, and
-logged; whether a step takes it depends on its chunks.
+logged. A row is computed by the same operations whatever else is in its step: alone or in a batch, in a prompt's chunk
+of any height, after a prefix that was found, as a checked guess. So whether a chunk goes through it may depend on that
+chunk only, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Above, attention in torch is faster: here every row reads its context by itself.
-MAX_ATTENDED = 64 * 1024  # rows times what each attends to, of chunks of more than one token
 _HEAD_DIM_MULTIPLE = 32
 _MAX_HEAD_DIM = 256
 _WIDTH_MULTIPLE = 16
@@ -120,10 +120,9 @@ class NativeStep:
             spec.norm_eps,
         )
 
-    def takes(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether `run` is the faster way for these chunks. Rows with an adapter go through the single products."""
-        num_attended = sum(chunk.num_tokens * chunk.end for chunk in chunks if chunk.num_tokens > 1)
-        return num_attended <= MAX_ATTENDED and all(chunk.sequence.adapter is None for chunk in chunks)
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether `run` computes this chunk. Rows with an adapter go through the single products."""
+        return chunk.sequence.adapter is None
 
     def run(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
         """As `runner.run_step`: (rows, hidden) bfloat16 after the final norm; every row's key and value is cached."""

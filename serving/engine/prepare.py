@@ -202,11 +202,7 @@ def _prepare_head(
 
 
 def _fast_head(weight: Tensor, kernel_name: KernelName) -> Callable[[Tensor], Tensor]:
-    if (
-        kernel_name is KernelName.NATIVE
-        and not weight.shape[0] % BLOCK_OUTPUTS
-        and not weight.shape[1] % GROUP_MULTIPLE
-    ):
+    if kernel_name is KernelName.NATIVE and not weight.shape[1] % GROUP_MULTIPLE:
         # The smallest group: 3 % more bytes to read than with 64, half of what int8 activations cost in perplexity.
         return NativeHead(weight, GROUP_MULTIPLE)
     return FastHead(weight, _head_group_size(weight, kernel_name))
@@ -243,16 +239,19 @@ class FastHead:
 
 
 class NativeHead:
-    """Logits from 8-bit weights, of any number of rows."""
+    """Logits from 8-bit weights; those of a row do not depend on how many rows there are."""
 
     def __init__(self, weight: Tensor, group_size: int) -> None:
         options = GptqOptions(bits=8, group_size=group_size, range_search=False)
         # In blocks: a float32 copy of the whole head would be the process's peak.
-        blocks = [round_to_nearest(block, options) for block in weight.split(HEAD_BLOCK_ROWS)]
+        self._vocab_size = weight.shape[0]
+        missing = -self._vocab_size % BLOCK_OUTPUTS
+        padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+        blocks = [round_to_nearest(block, options) for block in padded.split(HEAD_BLOCK_ROWS)]
         self._kernel = NativeLinear(concat_rows(blocks), None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._kernel.to_float32(hidden)
+        return self._kernel.to_float32(hidden)[:, : self._vocab_size]
 
 
 def _pack_head_block(weight: Tensor, group_size: int) -> LinearKernel:

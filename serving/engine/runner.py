@@ -22,10 +22,27 @@ from serving.model.spec import DecoderSpec
 
 
 def run_chunks(model: PreparedModel, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
-    """One forward pass the fastest way: natively where the model and the chunks allow it, else by `run_step`."""
-    if model.native is not None and model.native.takes(chunks):
-        return model.native.run(cache, chunks)
-    return run_step(model, cache, build_batch(chunks))
+    """One forward pass, each chunk the fastest way: natively where the model and the chunk allow it, else `run_step`.
+
+    Returns what `run_step` does, rows in the order of the chunks.
+    """
+    native = model.native
+    if native is None:
+        return run_step(model, cache, build_batch(chunks))
+    taken = [chunk for chunk in chunks if native.takes(chunk)]
+    if len(taken) == len(chunks):
+        return native.run(cache, chunks)
+    others = [chunk for chunk in chunks if not native.takes(chunk)]
+    parts = _by_chunk(others, run_step(model, cache, build_batch(others)))
+    if taken:
+        parts |= _by_chunk(taken, native.run(cache, taken))
+    return torch.cat([parts[chunk.sequence.arrival] for chunk in chunks])
+
+
+def _by_chunk(chunks: Sequence[Chunk], hidden: Tensor) -> dict[int, Tensor]:
+    """The rows of every chunk, by its sequence's running number; a step has at most one chunk of a sequence."""
+    rows = hidden.split([chunk.num_tokens for chunk in chunks])
+    return {chunk.sequence.arrival: part for chunk, part in zip(chunks, rows, strict=True)}
 
 
 def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:

@@ -10,6 +10,7 @@ import msgspec
 from serving.engine.engine import Engine, EngineLimits
 from serving.engine.kv_blocks import KVLayout
 from serving.engine.prepare import PreparedModel, prepare
+from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import EngineEvent, GenerateRequest, SamplingParams, TokenEvent
 from tests.serving.engine.tiny import EOS, make_decoder
 
@@ -91,6 +92,23 @@ def reused(events: Sequence[EngineEvent], request_id: str, choice_index: int = 0
         and event.finish_reason
     ]
     return found
+
+
+class FixedGuess(PromptLookup):
+    """Always the same guess, right or wrong."""
+
+    def __init__(self, guess: Sequence[int]) -> None:
+        super().__init__()
+        self.fixed = list(guess)
+
+    def guess(self, ids: Sequence[int], count: int) -> list[int]:
+        return self.fixed[:count]
+
+
+def with_guesses(engine: Engine, request: GenerateRequest, guess: Sequence[int]) -> None:
+    engine.submit(request)
+    for sequence in engine._sequences[request.request_id]:
+        sequence.lookup = FixedGuess(guess)
 
 
 def alone(request: GenerateRequest) -> list[list[int]]:

@@ -11,51 +11,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quant.gptq import GptqOptions, round_to_nearest
-from quant.int4_linear import QuantizedLinear, relative_error
+from quant.int4_linear import relative_error
 from quant.native.library import load_library
 from quant.native.linear import CMatrix, NativeLinear
 from serving.engine import native_step
 from serving.engine.engine import Engine, EngineLimits
+from serving.engine.kv_blocks import KVCache, KVLayout
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import PreparedModel, prepare, prepare_live
-from serving.engine.requests import GenerateRequest, SamplingParams, TokenEvent
+from serving.engine.requests import GenerateRequest, SamplingParams, ScoreRequest, TokenEvent
+from serving.engine.runner import run_chunks
+from serving.engine.scheduler import Chunk
+from serving.engine.sequence import Sequence
 from serving.model.spec import DecoderSpec
 from serving.model.transformer import Decoder
-from tests.serving.engine.tiny import PALM_SPEC, SPEC, make_decoder, prompt_of
+from tests.serving.engine.tiny import NATIVE_SPEC, PALM_SPEC, SPEC, make_decoder, prompt_of, quantized_decoder
 
 pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(load_library() is None, reason="no native kernels on this machine"),
 ]
 
-# Biases, norms of q and k, and key heads shared by three query heads.
-FORM = replace(
-    SPEC, vocab_size=256, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=32,
-    max_positions=512, out_bias=True,
-)  # fmt: skip
 FORMS = {
-    "every option": FORM,
+    "every option": NATIVE_SPEC,
     "plain, head of 64": replace(
-        FORM, qk_norm=False, qkv_bias=False, out_bias=False, num_heads=3, num_kv_heads=3, head_dim=64
+        NATIVE_SPEC, qk_norm=False, qkv_bias=False, out_bias=False, num_heads=3, num_kv_heads=3, head_dim=64
     ),
-    "five query heads a key head, head of 128": replace(FORM, num_heads=5, num_kv_heads=1, head_dim=128),
-    "head of 96, tied": replace(FORM, num_heads=4, num_kv_heads=2, head_dim=96, tied_embeddings=True),
+    "five query heads a key head, head of 128": replace(NATIVE_SPEC, num_heads=5, num_kv_heads=1, head_dim=128),
+    "head of 96, tied": replace(NATIVE_SPEC, num_heads=4, num_kv_heads=2, head_dim=96, tied_embeddings=True),
 }
 # int8 activations, and bf16 ones on the other side. A product is 0.7 % off; what follows adds to it.
 TOLERANCE = 0.03
-
-
-def quantized_decoder(spec: DecoderSpec, *, bits: int = 8, group_size: int = 32) -> Decoder:
-    decoder = make_decoder(spec)
-    for name, module in list(decoder.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, attribute = name.rpartition(".")
-            matrix = round_to_nearest(module.weight, GptqOptions(bits=bits, group_size=group_size, range_search=False))
-            setattr(decoder.model.get_submodule(parent), attribute, QuantizedLinear(matrix, module.bias))
-    return decoder
 
 
 def without_native_step(model: PreparedModel) -> PreparedModel:
@@ -91,7 +79,7 @@ def test_step_equals_the_plain_decoder_within_the_tolerance(spec: DecoderSpec, b
 
 @pytest.mark.parametrize("name", ["qkv", "out", "gate_up", "down"])
 def test_tolerance_notices_a_wrong_scale(name: str) -> None:
-    model, ids = prepare(quantized_decoder(FORM), exact=False), torch.tensor(prompt_of(40))
+    model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(40))
     expected = serving_logits(without_native_step(model), ids)
     assert relative_error(serving_logits(model, ids, chunk_tokens=1), expected) < TOLERANCE
     kernel = getattr(model.layers[1], name).kernel
@@ -102,27 +90,32 @@ def test_tolerance_notices_a_wrong_scale(name: str) -> None:
 
 
 def test_rows_are_the_same_alone_and_together() -> None:
-    model, ids = prepare(quantized_decoder(FORM), exact=False), torch.tensor(prompt_of(70))
+    model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(70))
     alone = serving_logits(model, ids, chunk_tokens=1)
     for chunk_tokens in (2, 7, 64):
         assert torch.equal(serving_logits(model, ids, chunk_tokens=chunk_tokens), alone)
 
 
 def test_sequences_decoded_together_equal_each_alone() -> None:
-    model = prepare(quantized_decoder(FORM), exact=False)
+    model = prepare(quantized_decoder(NATIVE_SPEC), exact=False)
     prompts = [prompt_of(5 + 9 * i, seed=i) for i in range(6)]
     together = greedy_ids(make_engine(model), prompts, 30)
     assert together == [greedy_ids(make_engine(model), [prompt], 30)[0] for prompt in prompts]
 
 
-def test_keys_and_values_cached_natively_are_read_by_the_torch_path() -> None:
-    """A long prompt is computed by torch, what follows natively, and the other way round."""
-    decoder = quantized_decoder(FORM)
-    model, ids = prepare(decoder, exact=False), torch.tensor(prompt_of(200))
+@pytest.mark.parametrize("is_native_first", [True, False])
+def test_both_paths_read_what_the_other_one_cached(is_native_first: bool) -> None:
+    decoder = quantized_decoder(NATIVE_SPEC)
+    model, ids = prepare(decoder, exact=False), prompt_of(100)
     with torch.no_grad():
-        expected = decoder(ids.unsqueeze(0))[0]
-    for chunk_tokens in (70, 130):  # the last chunk is short
-        assert relative_error(serving_logits(model, ids, chunk_tokens=chunk_tokens), expected) < TOLERANCE
+        expected = decoder(torch.tensor([ids]))[0, 70:]
+    cache = KVCache(KVLayout.of(model.spec, model.dtype), 9)
+    sequence = Sequence(ScoreRequest(request_id="a", ids=ids), 0, 0, ids, len(ids), blocks=[8, 1, 2, 3, 7, 6, 0])
+    first, second = (model, without_native_step(model)) if is_native_first else (without_native_step(model), model)
+    with torch.inference_mode():
+        run_chunks(first, cache, [Chunk(sequence, 0, 70)])
+        found = model.head(run_chunks(second, cache, [Chunk(sequence, 70, 30)]))
+    assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -130,7 +123,7 @@ def test_keys_and_values_cached_natively_are_read_by_the_torch_path() -> None:
     [
         (make_decoder(PALM_SPEC), "form_layer_parallel"),
         (make_decoder(SPEC), "head_dim_8"),
-        (make_decoder(FORM), "q_proj_is_not_packed"),
+        (make_decoder(NATIVE_SPEC), "q_proj_is_not_packed"),
     ],
 )
 def test_other_models_keep_the_torch_path_and_say_why(
@@ -144,7 +137,7 @@ def test_other_models_keep_the_torch_path_and_say_why(
 
 
 def test_exact_live_and_unwilling_models_have_no_native_step() -> None:
-    decoder = quantized_decoder(FORM)
+    decoder = quantized_decoder(NATIVE_SPEC)
     for model in (
         prepare(decoder, exact=True),
         prepare(decoder, exact=False, native=False),
@@ -155,15 +148,18 @@ def test_exact_live_and_unwilling_models_have_no_native_step() -> None:
 
 
 def test_rows_with_an_adapter_keep_the_torch_path() -> None:
-    model = prepare(quantized_decoder(FORM), exact=False)
+    model = prepare(quantized_decoder(NATIVE_SPEC), exact=False)
     engine = make_engine(model)
     name = "model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(192, 2)}
     engine.set_adapter("a", tensors, version=1)
     sampling = SamplingParams(max_tokens=2, temperature=0, seed=0)
-    engine.submit(GenerateRequest(request_id="0", prompt_ids=prompt_of(4), sampling=sampling, adapter="a"))
+    for request_id, adapter in (("0", "a"), ("1", None)):
+        engine.submit(
+            GenerateRequest(request_id=request_id, prompt_ids=prompt_of(4), sampling=sampling, adapter=adapter)
+        )
     assert model.native is not None
-    assert not model.native.takes(engine._scheduler.plan())
+    assert [model.native.takes(chunk) for chunk in engine._scheduler.plan()] == [False, True]
 
 
 def test_structs_mirror_the_native_ones() -> None:
@@ -183,7 +179,7 @@ def hidden_states(model: PreparedModel, ids: Tensor) -> Tensor:
 
 
 def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
-    model, ids = prepare(quantized_decoder(FORM), exact=False), torch.tensor(prompt_of(30))
+    model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(30))
     expected = hidden_states(without_native_step(model), ids)
     assert relative_error(hidden_states(model, ids), expected) < TOLERANCE
 
@@ -191,7 +187,10 @@ def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="already running on a chosen capability")
 def test_these_and_the_products_pass_on_the_avx2_code_paths() -> None:
     here = Path(__file__)
-    files = (str(here), str(here.parents[2] / "quant" / "native" / "test_linear.py"))
+    files = (
+        *(str(here), str(here.parent / "test_native_sharing.py")),
+        str(here.parents[2] / "quant" / "native" / "test_linear.py"),
+    )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},

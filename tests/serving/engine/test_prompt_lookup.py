@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import product
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from serving.engine.engine import Engine
 from serving.engine.prepare import prepare_live
 from serving.engine.prompt_lookup import MAX_GUESS, PromptLookup
-from serving.engine.requests import EngineEvent, GenerateRequest, TokenEvent
+from serving.engine.requests import EngineEvent, TokenEvent
 from serving.engine.sampler import uniform_draw
-from tests.serving.engine.engines import alone, engine_of, generate, run, tokens
+from tests.serving.engine.engines import alone, engine_of, generate, run, tokens, with_guesses
 from tests.serving.engine.tiny import make_decoder, prompt_of
 
 pytestmark = pytest.mark.unit
 
 REPEATING = prompt_of(12, seed=3) * 4
-
-
-class FixedGuess(PromptLookup):
-    """Always the same guess, right or wrong."""
-
-    def __init__(self, guess: Sequence[int]) -> None:
-        super().__init__()
-        self.fixed = list(guess)
-
-    def guess(self, ids: Sequence[int], count: int) -> list[int]:
-        return self.fixed[:count]
-
-
-def with_guesses(engine: Engine, request: GenerateRequest, guess: Sequence[int]) -> None:
-    engine.submit(request)
-    for sequence in engine._sequences[request.request_id]:
-        sequence.lookup = FixedGuess(guess)
 
 
 def final(events: list[EngineEvent]) -> TokenEvent:

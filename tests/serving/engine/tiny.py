@@ -1,11 +1,14 @@
-"""A tiny random decoder with every option of the served form switched on."""
+"""Tiny random decoders with every option of the served form switched on."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from quant.gptq import GptqOptions, round_to_nearest
+from quant.int4_linear import QuantizedLinear
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
 from serving.model.transformer import Decoder
 
@@ -47,6 +50,13 @@ PALM_SPEC = replace(
 )
 
 
+# What the native step computes: biases, norms of q and k, and key heads shared by three query heads.
+NATIVE_SPEC = replace(
+    SPEC, vocab_size=256, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=32,
+    max_positions=512, out_bias=True,
+)  # fmt: skip
+
+
 def make_decoder(spec: DecoderSpec = SPEC) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(spec)
@@ -55,6 +65,16 @@ def make_decoder(spec: DecoderSpec = SPEC) -> Decoder:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return decoder.eval()
+
+
+def quantized_decoder(spec: DecoderSpec, *, bits: int = 8, group_size: int = 32) -> Decoder:
+    decoder = make_decoder(spec)
+    for name, module in list(decoder.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, attribute = name.rpartition(".")
+            matrix = round_to_nearest(module.weight, GptqOptions(bits=bits, group_size=group_size, range_search=False))
+            setattr(decoder.model.get_submodule(parent), attribute, QuantizedLinear(matrix, module.bias))
+    return decoder
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
