@@ -1,7 +1,7 @@
 """Builds the C sources beside this file into the user's cache on first use and loads them.
 
 The only place that chooses between AVX-512 and AVX2. Without a compiler, or on a processor that has neither, there is
-no library: callers keep torch's operators, and one log line says why.
+no library: callers keep their plain operators, and one log line says why.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
-import torch
-
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("kernels.c", "decode_step.c")
+_SOURCES = ("kernels.c", "decode_step.c", "encoder.c")
 _HEADERS = ("kernels.h", "vectors.h")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -59,7 +57,7 @@ class NativeUnavailableError(Exception):
 def load_library() -> ctypes.CDLL | None:
     """The library for this processor, or None; logs once which. The first call on a machine compiles for seconds."""
     try:
-        level = choose_level(_cpu_flags(), torch.backends.cpu.get_cpu_capability())
+        level = choose_level(_cpu_flags(), _capability())
         path = build(level, cache_directory())
         library = ctypes.CDLL(str(path))
     except (NativeUnavailableError, OSError) as error:
@@ -70,7 +68,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def choose_level(cpu_flags: frozenset[str], capability: str) -> Level:
-    """`capability` is torch's, which ATEN_CPU_CAPABILITY lowers. Raises NativeUnavailableError."""
+    """`capability`: as torch calls it. Raises NativeUnavailableError."""
     capped = [level for level in Level if capability == "AVX512" or level.value.capability == capability]
     for level in capped:
         if level.value.cpu_flags <= cpu_flags:
@@ -129,6 +127,11 @@ def _digest(compiler: str, flags: tuple[str, ...]) -> str:
     for name in (*_SOURCES, *_HEADERS):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()[:24]
+
+
+def _capability() -> str:
+    """What ATEN_CPU_CAPABILITY caps torch at, without torch: the gateway's process has none."""
+    return os.environ.get("ATEN_CPU_CAPABILITY", "avx512").upper()
 
 
 def _cpu_flags() -> frozenset[str]:

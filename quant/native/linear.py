@@ -16,30 +16,14 @@ from torch import Tensor
 from quant.errors import QuantizationError
 from quant.matrix import QuantizedMatrix
 from quant.native.library import load_library
+from quant.native.packing import BLOCK_OUTPUTS, GROUP_MULTIPLE, CMatrix, by_block, pack_codes
 
 logger = logging.getLogger(__name__)
 
-GROUP_MULTIPLE = 32
-BLOCK_OUTPUTS = 16
 # fp32 sums in another order.
 NATIVE_RELATIVE_TOLERANCE = 1e-4
 
 _FP32_TO_FP32, _BF16_TO_BF16, _BF16_TO_FP32 = range(3)
-
-
-class CMatrix(ctypes.Structure):
-    """`Matrix` of kernels.h."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-    )
 
 
 def why_not_native(matrix: QuantizedMatrix) -> str | None:
@@ -66,7 +50,7 @@ class NativeLinear:
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self._call = library.causerie_linear
-        self._codes = pack_codes(matrix.codes, matrix.bits)
+        self._codes = torch.from_numpy(pack_codes(matrix.codes.numpy(), matrix.bits))
         self._scales = _by_block(matrix.scales.to(torch.float16))
         is_symmetric = bool((matrix.zeros == 1 << (matrix.bits - 1)).all())
         self._zeros = None if is_symmetric else _by_block(matrix.zeros)
@@ -100,23 +84,8 @@ class NativeLinear:
         return out
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(out, in) uint8 codes in the order the kernels read them, flat.
-
-    Blocks of 16 outputs; in a block, steps along the inputs of 64 bytes: 16 outputs times 4 bytes. At 8 bits a step is
-    4 inputs; at 4 bits it is 8, of which the later four lie in the upper halves of the bytes.
-    """
-    out_features, in_features = codes.shape
-    blocks = codes.view(out_features // BLOCK_OUTPUTS, BLOCK_OUTPUTS, -1, 4).transpose(1, 2)  # (blocks, steps, 16, 4)
-    if bits == 8:
-        return blocks.contiguous().view(-1)
-    halves = blocks.reshape(out_features // BLOCK_OUTPUTS, in_features // 8, 2, BLOCK_OUTPUTS, 4)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(-1)
-
-
 def _by_block(values: Tensor) -> Tensor:
-    """(out, groups) -> (blocks, groups, 16), flat."""
-    return values.view(-1, BLOCK_OUTPUTS, values.shape[1]).transpose(1, 2).contiguous().view(-1)
+    return torch.from_numpy(by_block(values.numpy()))
 
 
 def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

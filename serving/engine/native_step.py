@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from quant.native.library import load_library
-from quant.native.linear import CMatrix, NativeLinear
+from quant.native.linear import NativeLinear
+from quant.native.packing import CMatrix
 from serving.engine.kv_blocks import BLOCK_SIZE, KVCache
 from serving.engine.scheduler import Chunk
 from serving.model.attention import rotary_frequencies

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -149,8 +151,8 @@ def test_self_check_refuses_kernels_that_are_wrong(
 ) -> None:
     pack = linear.pack_codes
 
-    def pack_wrongly(codes: Tensor, bits: int) -> Tensor:
-        return pack(codes.roll(1, dims=1), bits)
+    def pack_wrongly(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+        return pack(np.roll(codes, 1, axis=1), bits)
 
     monkeypatch.setattr(linear, "pack_codes", pack_wrongly)
     assert not linear.is_native_right.__wrapped__()

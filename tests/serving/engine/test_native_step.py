@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quant.int4_linear import relative_error
 from quant.native.library import load_library
-from quant.native.linear import CMatrix, NativeLinear
+from quant.native.linear import NativeLinear
+from quant.native.packing import CMatrix
 from serving.engine import native_step
 from serving.engine.engine import Engine, EngineLimits
 from serving.engine.kv_blocks import KVCache, KVLayout
