@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moderation.cascade import Blend, CascadeClassifier, Limits
 from moderation.classifier import NgramClassifier
-from moderation.corpus import DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, LicenceRule
+from moderation.corpus import DEV_FILE, FIRST_TURN_FILES, MEANT_AS_HARMFUL, VALIDATION_FILES, LicenceRule
 from moderation.encoder import Encoder
 from moderation.errors import ModerationError
 from moderation.logistic import fit_blend, fit_platt
@@ -48,7 +48,9 @@ MARGIN = 0.25
 # Share of the windows of ordinary answers that the encoder reads. An answer grows by several windows a second, and the
 # encoder's time is taken from the model's.
 READ_WINDOWS = 0.1
-ANSWER_FILE = "sft/val.jsonl.gz"
+# Training drew one passage each from a few of the answers of the latter two.
+ANSWER_FILES = ("sft/val.jsonl.gz", *FIRST_TURN_FILES)
+ANSWERS_PER_FILE = 1500
 
 
 def held_out_rows(data: Path, licences: LicenceRule) -> list[Row]:
@@ -102,8 +104,12 @@ def choose_output_limits(cascade: CascadeClassifier, data: Path) -> Limits:
 
 
 def ordinary_answers(data: Path) -> list[Row]:
-    rows, _ = answers(data, ANSWER_FILE)
-    return [row for row in rows if row.text.strip() and row.source not in MEANT_AS_HARMFUL]
+    """Spread over each file, of every source."""
+    found: list[Row] = []
+    for name in ANSWER_FILES:
+        rows = [row for row in answers(data, name)[0] if row.text.strip() and row.source not in MEANT_AS_HARMFUL]
+        found += rows[:: -(-len(rows) // ANSWERS_PER_FILE) or 1]
+    return found
 
 
 def judge_answer(policy: Policy, text: str) -> tuple[Language, float]:

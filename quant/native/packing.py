@@ -1,4 +1,4 @@
-"""Weights in the order that kernels.h reads them, in numpy alone: the moderation encoder runs where there is no torch."""
+"""Weights in the order that kernels.h reads them, in numpy: the moderation encoder runs where there is no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]
     if bits == 8:
         return np.ascontiguousarray(blocks).reshape(-1)
     halves = blocks.reshape(out_features // BLOCK_OUTPUTS, in_features // 8, 2, BLOCK_OUTPUTS, 4)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(-1)
+    return np.bitwise_or(halves[:, :, 0], halves[:, :, 1] << 4, dtype=np.uint8).reshape(-1)
 
 
 def by_block(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -52,6 +52,11 @@ def unpack_embeddings(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (values * scales.astype(np.float32)[..., None]).reshape(len(codes), -1)
 
 
+@pytest.fixture
+def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moderation.native_layers.why_not_native", lambda shape: "a test of the plain ones")
+
+
 def save(network: Network, directory: Path) -> Path:
     pack_network(network, build_tokenizer(PIECES), "1").write(directory)
     return directory
@@ -63,6 +68,7 @@ def torch_logits(network: Network, rows: Sequence[Sequence[int]]) -> np.ndarray:
     return torch.stack(found).numpy()
 
 
+@pytest.mark.usefixtures("plain_layers")
 def test_numpy_computes_what_torch_computes(tmp_path: Path) -> None:
     network = make_network()
     encoder = Encoder.load(save(network, tmp_path / "encoder"))
@@ -71,6 +77,7 @@ def test_numpy_computes_what_torch_computes(tmp_path: Path) -> None:
     np.testing.assert_allclose(encoder.forward(rows), torch_logits(network, rows), atol=2e-4)
 
 
+@pytest.mark.usefixtures("plain_layers")
 def test_the_tolerance_notices_a_wrong_scale(tmp_path: Path) -> None:
     network = make_network()
     encoder = Encoder.load(save(network, tmp_path / "encoder"))
