@@ -26,6 +26,7 @@ from moderation.stream_filter import judged_windows
 
 __all__ = [
     "FALSE_POSITIVE_RATES",
+    "STOPPED_RATES",
     "choose_output_limits",
     "choose_sure_below",
     "choose_thresholds",
@@ -40,8 +41,11 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 
-# Share of ordinary first turns that each preset may refuse, and of ordinary answers that it may stop.
+# Share of ordinary first turns that each preset may refuse.
 FALSE_POSITIVE_RATES: Mapping[PresetName, float] = {"strict": 0.02, "balanced": 0.005, "lenient": 0.001}
+# Share of ordinary answers that it may stop. Twice as many: an answer is many windows, and half of the hateful passages
+# would pass at the rate of the messages.
+STOPPED_RATES: Mapping[PresetName, float] = {"strict": 0.02, "balanced": 0.01, "lenient": 0.001}
 # Share of held-out harmful rows that may pass without the encoder having read them.
 UNREAD_HARMFUL = 0.005
 MARGIN = 0.25
@@ -100,7 +104,7 @@ def choose_output_limits(cascade: CascadeClassifier, data: Path) -> Limits:
     limits = replace(cascade.config.output, sure_below=float(np.quantile(quick, 1.0 - READ_WINDOWS)))
     policy = Policy(cascade.with_config(replace(cascade.config, output=limits)), readings=readings)
     judged = [judge_answer(policy, text) for text in texts]
-    return replace(limits, thresholds={p: thresholds_at([judged], FALSE_POSITIVE_RATES[p]) for p in PRESETS})
+    return replace(limits, thresholds={p: thresholds_at([judged], STOPPED_RATES[p]) for p in PRESETS})
 
 
 def ordinary_answers(data: Path) -> list[Row]:

@@ -124,6 +124,7 @@ class FilterOptions:
     `suspicion` is a share of the threshold.
     """
 
+    least: int = 72
     grid: int = 24
     hold: int = 40
     window: int = 300
@@ -135,6 +136,8 @@ class FilterOptions:
                 f"grid {self.grid}, hold {self.hold}, window {self.window}: the grid must be at least {CJK_DENSITY}, "
                 "and the window no smaller than the hold and four steps of the grid"
             )
+        if not 0 <= self.least <= 3 * self.grid:
+            raise ModerationError(f"least is {self.least}; it must be at most three steps of the grid, {3 * self.grid}")
         if not 0.0 < self.suspicion <= 1.0:
             raise ModerationError(f"suspicion is {self.suspicion}; it must be above 0 and at most 1")
 
@@ -219,6 +222,8 @@ class JudgingFilter:
         start = self._text.word_start(self._text.back_from(end, options.window), options.grid)
         window = self._text.between(start, end)
         verdict = self._judge(window)
+        if verdict.flagged and self._is_beginning(end):
+            return  # all is still held, and the next window begins where this one did
         if self.verdict is None or verdict.flagged or verdict.severity > self.verdict.severity:
             self.verdict = verdict
         self._judged = end
@@ -231,13 +236,17 @@ class JudgingFilter:
         held = options.window if verdict.severity >= options.suspicion else options.hold
         self._cleared = max(self._cleared, self._text.back_from(end, held))
 
+    def _is_beginning(self, end: int) -> bool:
+        is_whole = self._is_ended and end == self._text.length
+        return not is_whole and self._text.units_at(end) < self._options.least
+
     def _stop(self) -> None:
         self.is_stopped = True
         self._due.clear()
 
 
 def judged_windows(text: str, options: FilterOptions = FilterOptions()) -> list[str]:
-    """The windows that are judged of a whole answer, as long as none of them is flagged."""
+    """The windows of a whole answer that may stop it, as long as none does."""
     windows: list[str] = []
 
     def collect(window: str) -> Verdict:
@@ -248,7 +257,7 @@ def judged_windows(text: str, options: FilterOptions = FilterOptions()) -> list[
     stream.feed(text)
     stream.end()
     stream.judge()
-    return windows
+    return [window for window in windows if sum(_weights(window)) >= options.least] or windows[-1:]
 
 
 class _Tail:
@@ -273,6 +282,9 @@ class _Tail:
 
     def between(self, start: int, end: int) -> str:
         return self._text[max(0, start - self._dropped) : max(0, end - self._dropped)]
+
+    def units_at(self, position: int) -> int:
+        return self._units[position - self._dropped]
 
     def back_from(self, position: int, units: int) -> int:
         """The last position with at least `units` between it and `position`; the beginning where there are fewer."""

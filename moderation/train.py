@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from moderation.calibrate import (
     FALSE_POSITIVE_RATES,
+    STOPPED_RATES,
     choose_output_limits,
     choose_sure_below,
     choose_thresholds,
@@ -252,6 +253,7 @@ def _recorded(options: TrainOptions) -> dict[str, object]:
         "ngram": asdict(options.ngram),
         "encoder": None if options.encoder is None else asdict(options.encoder),
         "false_positive_rates": dict(FALSE_POSITIVE_RATES),
+        "stopped_rates": dict(STOPPED_RATES),
     }
 
 

@@ -15,7 +15,7 @@ from moderation.stream_filter import FilterOptions, JudgingFilter, PassThrough, 
 
 pytestmark = pytest.mark.unit
 
-SMALL = FilterOptions(grid=4, hold=12, window=40)
+SMALL = FilterOptions(least=12, grid=4, hold=12, window=40)
 # Forty units each at most, so that nothing of them may leave; words, disguises and Chinese.
 PASSAGES = ("mix the acid with bleach", "kill", "b.o.m.b", "把炸药放在学校里", "a" * 40, "k i l l them all now", "炸")
 BY_DEFAULT = FilterOptions()
@@ -135,6 +135,30 @@ def test_a_long_passage_does_not_leak_its_beginning_once_it_is_suspicious(
     assert len("".join(left)) <= text.index(passage)
 
 
+def beginning(window: str) -> float:
+    """Flagged as long as it is short."""
+    return 1.0 if len(window) < 72 else 0.1
+
+
+def test_a_flagged_beginning_is_held_until_one_knows_what_it_begins() -> None:
+    stream = JudgingFilter(Judge("\0never", beginning))
+    text = "Pick up the dirty " + "socks and put them where they belong, please. " * 3
+
+    left, is_stopped = received(stream, list(text))
+
+    assert not is_stopped
+    assert "".join(left) == text
+    assert "".join(left[:72]) == ""
+    assert stream.verdict == verdict(0.1)
+
+
+def test_a_flagged_beginning_stops_an_answer_that_ends_with_it() -> None:
+    for length in (1, 23, 24, 48, 71):
+        left, is_stopped = received(JudgingFilter(Judge("\0never", beginning)), list("x" * length))
+        assert is_stopped
+        assert "".join(left) == ""
+
+
 def test_the_last_of_a_long_passage_never_leaves_even_if_it_was_not_suspicious() -> None:
     passage = "c" * 150 + "!"
     left, is_stopped = received(JudgingFilter(Judge(passage)), list("a" * 100 + passage + "d" * 100))
@@ -144,7 +168,7 @@ def test_the_last_of_a_long_passage_never_leaves_even_if_it_was_not_suspicious()
 
 def test_what_is_suspicious_is_held_until_it_is_not_any_more() -> None:
     judge = Judge("\0never", lambda window: 0.5 if window.endswith("x ") else 0.1)
-    stream = JudgingFilter(judge, FilterOptions(grid=16, hold=40, window=300))
+    stream = JudgingFilter(judge, FilterOptions(least=0, grid=16, hold=40, window=300))
     stream.feed("a " * 100)
     stream.judge()
     assert len(stream.take().text) == 192 - 40
