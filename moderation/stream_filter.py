@@ -125,7 +125,7 @@ class FilterOptions:
     """
 
     least: int = 72
-    grid: int = 24
+    grid: int = 48
     hold: int = 40
     window: int = 300
     suspicion: float = 0.3

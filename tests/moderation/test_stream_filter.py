@@ -184,7 +184,7 @@ def test_what_is_held_grows_no_further_than_the_window() -> None:
     stream = JudgingFilter(Judge("\0never", lambda window: 0.9))
     stream.feed("a " * 500)
     stream.judge()
-    assert 1000 - 300 - 16 <= len(stream.take().text) <= 1000 - 300
+    assert 1000 - 300 - BY_DEFAULT.grid <= len(stream.take().text) <= 1000 - 300
     stream.end()
     stream.judge()
     assert stream.take().is_complete
