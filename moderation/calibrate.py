@@ -6,12 +6,13 @@ Everything here looks at held-out rows only: the dev file, and ordinary first tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from moderation.cascade import Blend
+from moderation.cascade import Blend, CascadeClassifier, Limits
 from moderation.classifier import NgramClassifier
 from moderation.corpus import DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, LicenceRule
 from moderation.encoder import Encoder
@@ -19,26 +20,35 @@ from moderation.errors import ModerationError
 from moderation.logistic import fit_blend, fit_platt
 from moderation.policy import Policy
 from moderation.presets import LANGUAGES, PRESETS, Language, PresetName, language_of
-from moderation.rows import Row, first_user_turns, labelled_rows, read_licences
+from moderation.readings import readings
+from moderation.rows import Row, answers, first_user_turns, labelled_rows, read_licences
+from moderation.stream_filter import judged_windows
 
 __all__ = [
     "FALSE_POSITIVE_RATES",
+    "choose_output_limits",
     "choose_sure_below",
     "choose_thresholds",
     "fit_blends",
     "fit_ngram_line",
     "held_out_rows",
+    "judge_answer",
+    "ordinary_answers",
     "threshold_for",
     "thresholds_at",
 ]
 
 FloatArray = npt.NDArray[np.float64]
 
-# Share of ordinary first turns that each preset may refuse.
+# Share of ordinary first turns that each preset may refuse, and of ordinary answers that it may stop.
 FALSE_POSITIVE_RATES: Mapping[PresetName, float] = {"strict": 0.02, "balanced": 0.005, "lenient": 0.001}
 # Share of held-out harmful rows that may pass without the encoder having read them.
 UNREAD_HARMFUL = 0.005
 MARGIN = 0.25
+# Share of the windows of ordinary answers that the encoder reads. An answer grows by several windows a second, and the
+# encoder's time is taken from the model's.
+READ_WINDOWS = 0.1
+ANSWER_FILE = "sft/val.jsonl.gz"
 
 
 def held_out_rows(data: Path, licences: LicenceRule) -> list[Row]:
@@ -78,6 +88,29 @@ def fit_blends(ngram: NgramClassifier, encoder: Encoder, rows: Sequence[Row], ha
         slopes, intercept = fit_blend(logits[chosen], labels)
         blends[language] = Blend(float(slopes[0]), float(slopes[1]), intercept)
     return blends
+
+
+def choose_output_limits(cascade: CascadeClassifier, data: Path) -> Limits:
+    """Limits for windows of answers, from every other ordinary answer; the rest is left to report on."""
+    texts = [row.text for row in ordinary_answers(data)[::2]]
+    windows = [window for text in texts for window in judged_windows(text)]
+    quick = [scores.probability for scores in cascade.quick_scores(windows)]
+    limits = replace(cascade.config.output, sure_below=float(np.quantile(quick, 1.0 - READ_WINDOWS)))
+    policy = Policy(cascade.with_config(replace(cascade.config, output=limits)), readings=readings)
+    judged = [judge_answer(policy, text) for text in texts]
+    return replace(limits, thresholds={p: thresholds_at([judged], FALSE_POSITIVE_RATES[p]) for p in PRESETS})
+
+
+def ordinary_answers(data: Path) -> list[Row]:
+    rows, _ = answers(data, ANSWER_FILE)
+    return [row for row in rows if row.text.strip() and row.source not in MEANT_AS_HARMFUL]
+
+
+def judge_answer(policy: Policy, text: str) -> tuple[Language, float]:
+    """(language, probability) of the most severe window that the filter would judge of an answer."""
+    verdicts = [policy.judge_output("", window) for window in judged_windows(text)]
+    worst = max(verdicts, key=lambda verdict: verdict.probability)
+    return worst.language, worst.probability
 
 
 def choose_thresholds(policy: Policy, data: Path) -> dict[PresetName, dict[Language, float]]:

@@ -71,12 +71,20 @@ Whole conversations of ordinary people that meet a refusal at any turn:
 {check_lists}
 
 ## Presets
-`moderation.preset` chooses one. Each is a threshold a language, chosen for a stated share of ordinary first turns
+`moderation.input.preset` chooses one. Each is a threshold a language, chosen for a stated share of ordinary first turns
 refused; here that share and the recall on the harmful requests of test_user_prompts_crossdomain.
 
 | preset | language | threshold | ordinary refused | harmful requests found |
 |---|---|--:|--:|--:|
 {presets}
+
+`moderation.output.preset` chooses one for answers. An answer is judged some twenty times while it grows, so these have
+thresholds of their own, chosen on half of the ordinary answers of sft/val; here the share of the other half that is
+stopped, and of the hateful passages of test_surge_toxicity (en) and test_cold (zh) as if they were answers.
+
+| preset | language | threshold | ordinary stopped | hateful passages stopped |
+|---|---|--:|--:|--:|
+{answer_presets}
 
 {pictures}
 
@@ -170,6 +178,7 @@ def render_card(facts: CardFacts, report: Report, pictures: Sequence[str] = ()) 
         conversations=_conversations(report),
         check_lists="\n".join(map(check_list_line, report.check_lists)),
         presets="\n".join(map(preset_line, report.presets)),
+        answer_presets="\n".join(map(preset_line, report.answer_presets)),
         pictures="\n\n".join(f"![{PICTURES[name]}]({name})" for name in pictures),
         tests="\n".join(line for test in files for line in test_lines(test)),
         category_scores=category_table(report.tests),

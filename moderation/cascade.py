@@ -28,6 +28,7 @@ __all__ = [
     "Blend",
     "CascadeClassifier",
     "CascadeConfig",
+    "Limits",
     "load_classifier",
 ]
 
@@ -55,26 +56,18 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True)
-class CascadeConfig:
-    """config.json of a weights directory that holds `ngram/` and `encoder/`.
+class Limits:
+    """What one direction decides by.
 
     sure_below: n-gram probability below which a text passes unread; 0 has the encoder read everything.
-    outputs: names of the encoder's logits that had enough rows to be reported; the others say nothing.
     """
 
-    version: str
     sure_below: float
-    blends: dict[Language, Blend]
     thresholds: dict[PresetName, dict[Language, float]]
-    outputs: tuple[str, ...]
-    ngram_sha256: str
-    encoder_sha256: str
-    format: str = CASCADE_FORMAT
 
     def __post_init__(self) -> None:
         values = [value for of_language in self.thresholds.values() for value in of_language.values()]
-        is_complete = set(self.thresholds) == set(PRESETS) and set(self.blends) == set(LANGUAGES)
-        is_complete = is_complete and all(
+        is_complete = set(self.thresholds) == set(PRESETS) and all(
             set(of_language) == set(LANGUAGES) for of_language in self.thresholds.values()
         )
         if not is_complete or not all(0.0 < value <= 1.0 for value in values) or not 0.0 <= self.sure_below < 1.0:
@@ -84,11 +77,36 @@ class CascadeConfig:
             )
 
 
-class CascadeClassifier:
-    """Thread-safe: holds only constants after construction."""
+@dataclass(frozen=True, slots=True)
+class CascadeConfig:
+    """config.json of a weights directory that holds `ngram/` and `encoder/`.
 
-    def __init__(self, config: CascadeConfig, ngram: NgramClassifier, encoder: LogitReader) -> None:
+    input, output: an answer is judged some twenty times while it grows, a message once: hence limits for each.
+    outputs: names of the encoder's logits that had enough rows to be reported; the others say nothing.
+    """
+
+    version: str
+    blends: dict[Language, Blend]
+    input: Limits
+    output: Limits
+    outputs: tuple[str, ...]
+    ngram_sha256: str
+    encoder_sha256: str
+    format: str = CASCADE_FORMAT
+
+    def __post_init__(self) -> None:
+        if set(self.blends) != set(LANGUAGES):
+            raise ModerationError(f"blends for {sorted(self.blends)}; expected one for each of {LANGUAGES}")
+
+
+class CascadeClassifier:
+    """Thread-safe: holds only constants after construction. Judges by the limits for input, unless told others."""
+
+    def __init__(
+        self, config: CascadeConfig, ngram: NgramClassifier, encoder: LogitReader, limits: Limits | None = None
+    ) -> None:
         self._config = config
+        self._limits = limits or config.input
         self._ngram = ngram
         self._encoder = encoder
         self._harmful = list(encoder.outputs).index(HARMFUL)
@@ -113,8 +131,12 @@ class CascadeClassifier:
         """The same weights with another calibration or other thresholds."""
         return CascadeClassifier(config, self._ngram, self._encoder)
 
+    @property
+    def for_output(self) -> CascadeClassifier:
+        return CascadeClassifier(self._config, self._ngram, self._encoder, self._config.output)
+
     def threshold(self, preset: PresetName, language: Language) -> float:
-        return self._config.thresholds[preset][language]
+        return self._limits.thresholds[preset][language]
 
     def quick_scores(self, texts: Sequence[str]) -> list[Scores]:
         """What the n-grams say alone."""
@@ -123,7 +145,7 @@ class CascadeClassifier:
     def scores(self, texts: Sequence[str]) -> list[Scores]:
         """One for each text. Raises ModerationError where a number is not finite."""
         found = self.quick_scores(texts)
-        is_open = [index for index, scores in enumerate(found) if not scores.probability < self._config.sure_below]
+        is_open = [index for index, scores in enumerate(found) if not scores.probability < self._limits.sure_below]
         if is_open:
             unsure = [texts[index] for index in is_open]
             for index, text, logits in zip(is_open, unsure, self._encoder.logits(unsure), strict=True):

@@ -49,6 +49,11 @@ class TextClassifier(Protocol):
     def trained_categories(self) -> tuple[Category, ...]: ...
     @property
     def trained_extensions(self) -> tuple[str, ...]: ...
+    @property
+    def for_output(self) -> TextClassifier:
+        """The same weights as they judge windows of generated text."""
+        ...
+
     def threshold(self, preset: PresetName, language: Language) -> float:
         """The probability from which on the policy flags, chosen at training time."""
         ...
@@ -103,6 +108,10 @@ class NgramClassifier:
     @property
     def trained_extensions(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def for_output(self) -> NgramClassifier:
+        return self
 
     def threshold(self, preset: PresetName, language: Language) -> float:
         return self._config.threshold

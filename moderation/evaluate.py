@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from moderation.calibrate import judge_answer, ordinary_answers
 from moderation.corpus import CHECK_LISTS, DEV_FILE, MEANT_AS_HARMFUL, VALIDATION_FILES, list_test_files
 from moderation.examples import worst_examples
 from moderation.file_figures import Judged, file_report
 from moderation.latency import Latency, measure_latency, messages_of_length
 from moderation.metrics import FlagArray, Share
-from moderation.policy import Policy, Turn, Verdict
-from moderation.presets import LANGUAGES, PRESETS
+from moderation.policy import Direction, Policy, Turn, Verdict
+from moderation.presets import LANGUAGES, PRESETS, Language
 from moderation.report import CheckListReport, OrdinaryReport, PresetReport, Report
 from moderation.robustness import RobustnessReport, measure_robustness
 from moderation.rows import (
@@ -38,6 +39,9 @@ __all__ = ["evaluate_policy", "refused_conversations"]
 
 # Harmful requests in both languages that no training source is related to.
 REQUESTS_FILE = "moderation/test_user_prompts_crossdomain.jsonl.gz"
+# Hateful and abusive passages, one file in each language: what no answer should hold.
+PASSAGE_FILES = ("moderation/test_surge_toxicity.jsonl.gz", "moderation/test_cold_zh_indomain.jsonl.gz")
+PASSAGES_PER_FILE = 1000
 CHUNK_ROWS = 256
 # Every row is judged once for each mutation, of which there are more than a dozen.
 ROBUSTNESS_ROWS, ROBUSTNESS_SEED = 300, 0
@@ -104,6 +108,7 @@ def evaluate_policy(policy: Policy, data: Path, progress: ProgressSink) -> Repor
         milliseconds_per_message=round(1000.0 * spent_s / max(1, sum(len(one.rows) for one in tests)), 3),
         dev=file_report(dev, names),
         presets=_preset_reports(policy, ordinary, [one for one in tests if one.file.name == REQUESTS_FILE]),
+        answer_presets=_answer_presets(policy, data, material.tests, progress),
         check_lists=[_check_list_report(judge.rows(file, rows)) for file, rows in material.check_lists],
         robustness=_robustness(policy, material.dev[1], progress),
         examples=worst_examples(dev, ordinary, material.licences),
@@ -183,6 +188,38 @@ def _preset_reports(policy: Policy, ordinary: Sequence[Judged], requests: Sequen
     """From the probabilities alone: a preset moves the threshold, not what was said of a text."""
     harmless = [pair for judged in ordinary for pair in judged.pairs if pair[0].source not in MEANT_AS_HARMFUL]
     harmful = [pair for judged in requests for pair in judged.pairs if pair[0].label == 1]
+    return _reports_by_preset(policy, "input", _probabilities(harmless), _probabilities(harmful))
+
+
+def _answer_presets(
+    policy: Policy, data: Path, tests: Sequence[tuple[DataFile, list[Row]]], progress: ProgressSink
+) -> list[PresetReport]:
+    """Of the ordinary answers that no threshold was chosen by, and of hateful passages as if they were answers."""
+    harmless = [row.text for row in ordinary_answers(data)[1::2]]
+    harmful = [
+        row.text
+        for file, rows in tests
+        if file.name in PASSAGE_FILES
+        for row in [row for row in rows if row.label == 1][:PASSAGES_PER_FILE]
+    ]
+    found: list[tuple[Language, float]] = []
+    for number, text in enumerate([*harmless, *harmful]):
+        progress.update("judging answers", number, len(harmless) + len(harmful))
+        found.append(judge_answer(policy, text))
+    return _reports_by_preset(policy, "output", found[: len(harmless)], found[len(harmless) :])
+
+
+def _probabilities(pairs: Sequence[tuple[Row, Verdict]]) -> list[tuple[Language, float]]:
+    # By the language that the policy took the threshold by, not the row's.
+    return [(verdict.language, verdict.probability) for _, verdict in pairs]
+
+
+def _reports_by_preset(
+    policy: Policy,
+    direction: Direction,
+    harmless: Sequence[tuple[Language, float]],
+    harmful: Sequence[tuple[Language, float]],
+) -> list[PresetReport]:
     return [
         PresetReport(
             preset=preset,
@@ -193,13 +230,12 @@ def _preset_reports(policy: Policy, ordinary: Sequence[Judged], requests: Sequen
         )
         for preset in PRESETS
         for language in LANGUAGES
-        for threshold in (policy.preset_threshold(preset, language),)
+        for threshold in (policy.preset_threshold(preset, language, direction),)
     ]
 
 
-def _share_above(pairs: Sequence[tuple[Row, Verdict]], language: str, threshold: float) -> Share:
-    # By the language that the policy took the threshold by, not the row's.
-    chosen = [verdict.probability for _, verdict in pairs if verdict.language == language]
+def _share_above(found: Sequence[tuple[Language, float]], language: Language, threshold: float) -> Share:
+    chosen = [probability for of_text, probability in found if of_text == language]
     return Share(sum(probability >= threshold for probability in chosen), len(chosen))
 
 

@@ -144,8 +144,10 @@ class Policy:
         self._classifier = classifier
         self._readings = readings
         self._cache = _ScoreCache(options.cached_windows)
-        for name, sensitivity in (("input", options.input), ("output", options.output)):
-            _check_sensitivity(name, sensitivity, classifier)
+        self._input = _Side(classifier, options.input)
+        self._output = _Side(classifier.for_output, options.output)
+        _check_sensitivity("input", options.input, classifier)
+        _check_sensitivity("output", options.output, classifier)
 
     @property
     def model_id(self) -> str:
@@ -160,13 +162,14 @@ class Policy:
     def trained_extensions(self) -> tuple[str, ...]:
         return self._classifier.trained_extensions
 
-    def preset_threshold(self, preset: PresetName, language: Language) -> float:
-        return self._classifier.threshold(preset, language)
+    def preset_threshold(self, preset: PresetName, language: Language, direction: Direction = "input") -> float:
+        side = self._input if direction == "input" else self._output
+        return side.classifier.threshold(preset, language)
 
     def judge_input(self, turns: Sequence[Turn]) -> Verdict:
         """Judges the new user message and the conversation that carries it, by the rule in the module's docstring."""
         pieces = [piece for text in self._texts_to_judge(turns) for piece in self._pieces(text)]
-        return self._most_severe(self._cached_scores(pieces), self.options.input)
+        return self._most_severe(self._cached_scores(pieces), self._input)
 
     def judge_texts(self, texts: Sequence[str]) -> list[Verdict]:
         """One verdict a text, each by itself, in order."""
@@ -182,7 +185,7 @@ class Policy:
             else list(zip(pieces, self._bounded_scores(pieces), strict=True))
             for pieces, short in zip(pieces_of_texts, is_short, strict=True)
         ]
-        return [self._most_severe(scores, self.options.input) for scores in judged]
+        return [self._most_severe(scores, self._input) for scores in judged]
 
     def judge_output(self, context: str, text: str) -> Verdict:
         """Judges a window of generated text.
@@ -194,7 +197,7 @@ class Policy:
         room = self._window_chars(text)[0] - len(text)
         if context and room > 0:
             pieces += self._pieces(context[-room:] + text)
-        return self._most_severe(list(zip(pieces, self._scores(pieces), strict=True)), self.options.output)
+        return self._most_severe(list(zip(pieces, self._scores(pieces, self._output), strict=True)), self._output)
 
     def _texts_to_judge(self, turns: Sequence[Turn]) -> list[str]:
         texts = [turn.content for turn in turns]
@@ -233,18 +236,19 @@ class Policy:
             found[index] = scores
         return found
 
-    def _scores(self, pieces: Sequence[str]) -> list[Scores]:
-        return self._checked(pieces, self._classifier.scores(pieces)) if pieces else []
+    def _scores(self, pieces: Sequence[str], side: _Side | None = None) -> list[Scores]:
+        classifier = (side or self._input).classifier
+        return self._checked(pieces, classifier.scores(pieces)) if pieces else []
 
     def _checked(self, pieces: Sequence[str], found: list[Scores]) -> list[Scores]:
         if len(found) != len(pieces) or not all(_are_probabilities(scores) for scores in found):
             raise ModerationError(f"classifier {self.model_id} did not return one probability for each text")
         return found
 
-    def _most_severe(self, judged: Sequence[tuple[str, Scores]], sensitivity: Sensitivity) -> Verdict:
+    def _most_severe(self, judged: Sequence[tuple[str, Scores]], side: _Side) -> Verdict:
         if not judged:
-            return self._verdict("", Scores(0.0), sensitivity)
-        verdicts = [self._verdict(piece, scores, sensitivity) for piece, scores in judged]
+            return self._verdict("", Scores(0.0), side)
+        verdicts = [self._verdict(piece, scores, side) for piece, scores in judged]
         if len(verdicts) == 1:
             return verdicts[0]
         worst = max(verdicts, key=lambda verdict: (verdict.severity, verdict.probability))
@@ -255,11 +259,11 @@ class Policy:
             extension_scores=_merge(max, [verdict.extension_scores for verdict in verdicts]),
         )
 
-    def _verdict(self, piece: str, scores: Scores, sensitivity: Sensitivity) -> Verdict:
+    def _verdict(self, piece: str, scores: Scores, side: _Side) -> Verdict:
         language = language_of(piece)
-        threshold = self._threshold(sensitivity, language)
+        threshold = side.threshold(language)
         named = {category.value: score for category, score in scores.categories.items()} | dict(scores.extensions)
-        own = sensitivity.category_thresholds
+        own = side.sensitivity.category_thresholds
         severities = {name: named.get(name, 0.0) / own[name] for name in own}
         if threshold is not None:
             severities["moderation"] = scores.probability / threshold
@@ -284,10 +288,19 @@ class Policy:
             severity=severity,
         )
 
-    def _threshold(self, sensitivity: Sensitivity, language: Language) -> float | None:
-        if sensitivity.threshold is not None:
-            return sensitivity.threshold
-        return None if sensitivity.preset is None else self._classifier.threshold(sensitivity.preset, language)
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One direction: who scores, and from when on a score counts."""
+
+    classifier: TextClassifier
+    sensitivity: Sensitivity
+
+    def threshold(self, language: Language) -> float | None:
+        chosen = self.sensitivity
+        if chosen.threshold is not None:
+            return chosen.threshold
+        return None if chosen.preset is None else self.classifier.threshold(chosen.preset, language)
 
 
 class _ScoreCache:

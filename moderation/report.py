@@ -94,7 +94,7 @@ class OrdinaryReport:
 
 @dataclass(frozen=True, slots=True)
 class PresetReport:
-    """One preset in one language: ordinary first turns flagged, and harmful requests of the cross-domain file found."""
+    """One preset in one language: ordinary texts flagged, and harmful ones found."""
 
     preset: PresetName
     language: Language
@@ -132,6 +132,7 @@ class Report:
     milliseconds_per_message: float
     dev: FileReport | None = None
     presets: list[PresetReport] = field(default_factory=list)
+    answer_presets: list[PresetReport] = field(default_factory=list)
     check_lists: list[CheckListReport] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     latencies: list[Latency] = field(default_factory=list)

@@ -33,7 +33,7 @@ from moderation.errors import ModerationError
 from moderation.features import CJK
 from moderation.policy import CJK_DENSITY, Verdict
 
-__all__ = ["FilterOptions", "JudgingFilter", "PassThrough", "Release", "StreamFilter"]
+__all__ = ["FilterOptions", "JudgingFilter", "PassThrough", "Release", "StreamFilter", "judged_windows"]
 
 _CJK_CHARACTER = re.compile(f"[{CJK}]")
 # A window may end behind any of these: all but letters, digits and marks of scripts that write spaces between words.
@@ -54,6 +54,7 @@ class Release:
 
 
 _NOTHING = Release("")
+_HARMLESS = Verdict(False, 0.0, 1.0, {}, {})
 
 
 class StreamFilter(Protocol):
@@ -233,6 +234,21 @@ class JudgingFilter:
     def _stop(self) -> None:
         self.is_stopped = True
         self._due.clear()
+
+
+def judged_windows(text: str, options: FilterOptions = FilterOptions()) -> list[str]:
+    """The windows that are judged of a whole answer, as long as none of them is flagged."""
+    windows: list[str] = []
+
+    def collect(window: str) -> Verdict:
+        windows.append(window)
+        return _HARMLESS
+
+    stream = JudgingFilter(collect, options)
+    stream.feed(text)
+    stream.end()
+    stream.judge()
+    return windows
 
 
 class _Tail:

@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from moderation.calibrate import (
     FALSE_POSITIVE_RATES,
+    choose_output_limits,
     choose_sure_below,
     choose_thresholds,
     fit_blends,
@@ -25,7 +26,7 @@ from moderation.calibrate import (
     held_out_rows,
 )
 from moderation.card import StageFacts
-from moderation.cascade import ENCODER_FOLDER, NGRAM_FOLDER, CascadeClassifier, CascadeConfig, load_classifier
+from moderation.cascade import ENCODER_FOLDER, NGRAM_FOLDER, CascadeClassifier, CascadeConfig, Limits, load_classifier
 from moderation.classifier import NgramClassifier, NgramConfig
 from moderation.corpus import TRAINING_WINDOWS, Corpus, LicenceRule, collect_corpus, training_pieces, vocabulary_texts
 from moderation.encoder import Encoder
@@ -34,7 +35,7 @@ from moderation.features import FeatureOptions
 from moderation.gate import check_falls
 from moderation.logistic import build_matrix, fit_logistic
 from moderation.policy import Policy
-from moderation.presets import LANGUAGES, PRESETS
+from moderation.presets import LANGUAGES, PRESETS, Language, PresetName
 from moderation.pretrained import find_trunk_file
 from moderation.publish import MANIFEST_FILE, write_report
 from moderation.readings import readings
@@ -186,18 +187,24 @@ def _write_parts(
     trained.write(directory / ENCODER_FOLDER)
     encoder = Encoder.load(directory / ENCODER_FOLDER)
     rows = held_out_rows(options.data, options.licences)
+    undecided: dict[PresetName, dict[Language, float]] = {p: dict.fromkeys(LANGUAGES, 0.5) for p in PRESETS}
     config = CascadeConfig(
         version=VERSION,
-        sure_below=choose_sure_below(ngram, rows),
         blends=fit_blends(ngram, encoder, rows, HARMFUL),
-        thresholds={preset: dict.fromkeys(LANGUAGES, 0.5) for preset in PRESETS},
+        input=Limits(choose_sure_below(ngram, rows), undecided),
+        output=Limits(0.0, undecided),
         outputs=reported_outputs(rows_by_category(corpus.rows)),
         ngram_sha256=ngram.config.weights_sha256,
         encoder_sha256=encoder.config.weights_sha256,
     )
-    cascade = CascadeClassifier(config, ngram, encoder)
-    thresholds = choose_thresholds(Policy(cascade, readings=readings), options.data)
-    _write_json(directory / CONFIG_FILE, replace(config, thresholds=thresholds))
+    _write_json(directory / CONFIG_FILE, with_limits(CascadeClassifier(config, ngram, encoder), options.data))
+
+
+def with_limits(cascade: CascadeClassifier, data: Path) -> CascadeConfig:
+    """The cascade's configuration with thresholds for both directions, and what its encoder reads of answers."""
+    thresholds = choose_thresholds(Policy(cascade, readings=readings), data)
+    output = choose_output_limits(cascade, data)
+    return replace(cascade.config, input=replace(cascade.config.input, thresholds=thresholds), output=output)
 
 
 def reported_outputs(rows: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Folds disguised writing back: look-alike letters, invisible characters, leetspeak, letters set apart. Pure.
 
-Ordinary text comes out as it went in: case, digits, punctuation, code, addresses and names such as GPT4 stay. What only
-the n-grams want (lower case, no accents) is `moderation.features`' step. Every step is linear in the text's length.
+Ordinary text comes out as it went in: case, digits, punctuation, code, addresses and names such as GPT4 stay.
+Text with CaSE nOiSe becomes small. What only the n-grams want (no capitals, no accents) is `moderation.features`' step.
+Every step is linear in the text's length.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ MIN_UNKNOWN_CHARS = 6
 THREE_ALIKE = re.compile(r"([^\W\d_])\1{2,}", re.IGNORECASE)
 THREE_SAME = re.compile(r"([^\W\d_])\1\1")
 LETTER_RUN = re.compile(r"[^\W_]+")
+# Neither all small, nor all capital, nor a capital at the beginning only.
+ODD_CASE = re.compile(r"[a-z][A-Z]|[A-Z]{2}[a-z]")
+LATIN_WORD = re.compile(r"[A-Za-z]{3,}")
+MIN_ODD_WORDS = 3
+ODD_SHARE = 0.55
 ROMAN = re.compile(r"[IVXLCDM]{1,9}|[ivxlc]{1,9}")
 MAX_RUNS = 4
 
@@ -127,7 +133,7 @@ def _fold_once(text: str) -> str:
         text = tokens.sub(_read_leet, text)
     if THREE_SAME.search(text.lower()):
         text = LETTER_RUN.sub(_shorten_runs, text)
-    return text
+    return text.lower() if _has_case_noise(text) else text
 
 
 def fold_characters(text: str) -> str:
@@ -297,6 +303,13 @@ def _stands_in_code(match: re.Match[str]) -> bool:
     after = text[match.end() : match.end() + 2]
     # A full stop ends a sentence; one with a letter behind it does not.
     return before in IN_CODE or (after[:1] in IN_CODE and not (after[:1] in ".:-*" and not after[1:].isalnum()))
+
+
+def _has_case_noise(text: str) -> bool:
+    """Whether most words change between cases inside; code and names do so now and then (getName, iPhone, LaTeX)."""
+    words = LATIN_WORD.findall(text)
+    odd = sum(ODD_CASE.search(word) is not None for word in words)
+    return odd >= MIN_ODD_WORDS and odd > ODD_SHARE * len(words)
 
 
 def _shorten_runs(match: re.Match[str]) -> str:

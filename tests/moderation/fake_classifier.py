@@ -36,6 +36,10 @@ class WordClassifier:
     def trained_extensions(self) -> tuple[str, ...]:
         return tuple(self._extensions)
 
+    @property
+    def for_output(self) -> WordClassifier:
+        return self
+
     def threshold(self, preset: PresetName, language: Language) -> float:
         return THRESHOLDS[preset] - 0.1 * (language == "zh")
 

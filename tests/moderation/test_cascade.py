@@ -18,6 +18,7 @@ from moderation.cascade import (
     Blend,
     CascadeClassifier,
     CascadeConfig,
+    Limits,
     load_classifier,
 )
 from moderation.categories import Category
@@ -25,6 +26,7 @@ from moderation.classifier import NgramClassifier, NgramConfig, Scores
 from moderation.encoder import Encoder
 from moderation.errors import ModerationError, WeightsError
 from moderation.features import FeatureOptions
+from moderation.presets import PRESETS
 from moderation.targets import OUTPUTS
 from moderation.train import encode_ngram_weights
 from moderation.weight_files import CONFIG_FILE, TENSORS_FILE
@@ -32,11 +34,12 @@ from tests.moderation.test_encoder import make_network, save
 
 pytestmark = pytest.mark.unit
 
+LIMITS = Limits(0.2, {preset: {"en": 0.6, "zh": 0.7} for preset in PRESETS})
 CONFIG = CascadeConfig(
     version="7",
-    sure_below=0.2,
     blends={"en": Blend(2.0, 0.5, -1.0), "zh": Blend(1.0, 0.0, 3.0)},
-    thresholds={preset: {"en": 0.6, "zh": 0.7} for preset in ("strict", "balanced", "lenient")},
+    input=LIMITS,
+    output=Limits(0.8, {preset: {"en": 0.8, "zh": 0.9} for preset in PRESETS}),
     outputs=("hate", "jailbreak"),
     ngram_sha256="n",
     encoder_sha256="e",
@@ -116,7 +119,7 @@ def test_a_logit_that_is_no_number_is_an_error_and_no_pass() -> None:
 def test_a_sure_limit_of_zero_has_everything_read() -> None:
     encoder = TableEncoder([0.0] * 4)
 
-    CascadeClassifier(replace(CONFIG, sure_below=0.0), WordNgram(), encoder).scores(["tea"])
+    CascadeClassifier(replace(CONFIG, input=replace(LIMITS, sure_below=0.0)), WordNgram(), encoder).scores(["tea"])
 
     assert encoder.read == ["tea"]
 
@@ -127,13 +130,28 @@ def test_a_sure_limit_of_zero_has_everything_read() -> None:
         {"sure_below": 1.0},
         {"sure_below": math.nan},
         {"thresholds": {"balanced": {"en": 0.5, "zh": 0.5}}},
-        {"thresholds": {preset: {"en": 0.0, "zh": 0.5} for preset in ("strict", "balanced", "lenient")}},
-        {"blends": {"en": Blend(1.0, 1.0, 0.0)}},
+        {"thresholds": {preset: {"en": 0.0, "zh": 0.5} for preset in PRESETS}},
     ],
 )
 def test_a_configuration_that_cannot_decide_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ModerationError, match="thresholds"):
-        replace(CONFIG, **change)  # pyright: ignore[reportArgumentType]
+        replace(LIMITS, **change)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_language_without_a_blend_is_refused() -> None:
+    with pytest.raises(ModerationError, match="blends"):
+        replace(CONFIG, blends={"en": Blend(1.0, 1.0, 0.0)})
+
+
+def test_windows_of_answers_have_limits_of_their_own() -> None:
+    encoder = TableEncoder([2.0, 0.0, 0.0, 0.0])
+    cascade = CascadeClassifier(CONFIG, WordNgram(), encoder).for_output
+
+    (scores,) = cascade.scores(["who knows"])  # the n-grams say 0.73, less than 0.8
+
+    assert encoder.read == []
+    assert scores.probability == pytest.approx(sigmoid(1.0))
+    assert cascade.threshold("balanced", "en") == 0.8
 
 
 @pytest.fixture

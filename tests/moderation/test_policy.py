@@ -208,6 +208,19 @@ def test_each_direction_has_its_own_sensitivity() -> None:
     assert not policy.judge_output("", "odd").flagged
 
 
+class StrictOnAnswers(WordClassifier):
+    @property
+    def for_output(self) -> WordClassifier:
+        return WordClassifier({"odd": 0.9})
+
+
+def test_answers_are_judged_as_the_classifier_judges_answers() -> None:
+    policy = Policy(StrictOnAnswers({"odd": 0.1}))
+
+    assert not policy.judge_input([Turn("user", "odd")]).flagged
+    assert policy.judge_output("", "odd").flagged
+
+
 CATEGORIES = {Category.HATE: {"ugly": 0.7}, Category.VIOLENCE: {"ugly": 0.2, "fist": 0.6}}
 
 

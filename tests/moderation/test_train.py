@@ -32,8 +32,8 @@ def labelled(text: str, label: int, source: str = FREE, category: str = "none") 
     return {"text": text, "label": label, "lang": "en", "source": source, "category": category}
 
 
-def chat(text: str, source: str = FREE) -> object:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"An answer to that. {text} " * 20}]
+def chat(text: str, source: str = FREE, answer: str = "An answer to that. ") -> object:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{answer}{text} " * 20}]
     return {"messages": messages, "prompt": messages[:1], "lang": "en", "source": source}
 
 
@@ -60,7 +60,7 @@ def data(tmp_path: Path) -> Path:
         write_lines(directory / f"sft/{name}.jsonl.gz", [*chats, *closed, chat(KNOWN_FROM_VALIDATION.upper())])
     write_lines(
         directory / "sft/val.jsonl.gz",
-        [chat(KNOWN_FROM_VALIDATION), chat("How tall is that tree?"), chat("今天天气怎么样？")],
+        [chat(KNOWN_FROM_VALIDATION), chat("How tall is that tree?"), chat("今天天气怎么样？", answer="天气很好。")],
     )
     write_lines(directory / "prompts/val.jsonl.gz", [chat("Name three rivers"), chat("harm", "safety_tuned_refusals")])
     write_lines(directory / "preference/train.jsonl.gz", [chat("which tea is best")])

@@ -31,6 +31,10 @@ class WordClassifier:
     trained_categories: tuple[Category, ...] = ()
     trained_extensions: tuple[str, ...] = ()
 
+    @property
+    def for_output(self) -> WordClassifier:
+        return self
+
     def threshold(self, preset: PresetName, language: Language) -> float:
         return 0.5
 
