@@ -184,6 +184,10 @@ class ServeConfig(_Checked):
         default=True,
         metadata=_about(boolean, "do not compute the beginning of a prompt again while it is still in the cache"),
     )
+    share_prefix_cache: bool = field(
+        default=False,
+        metadata=_about(boolean, "one prefix cache for all API keys: faster, but timing tells what others have asked"),
+    )
     speculative: Speculative = field(
         default="off",
         metadata=_about(

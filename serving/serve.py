@@ -284,6 +284,7 @@ def gateway_settings(loaded: LoadedConfig) -> GatewaySettings:
             max_stop_length=limits.max_stop_length,
             max_tokens=limits.max_tokens,
         ),
+        shares_prefix_cache=config.share_prefix_cache,
         stall_after_s=config.stall_after_s,
     )
 

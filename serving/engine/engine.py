@@ -310,6 +310,7 @@ class Engine:
             token_ids=token_ids,
             text=text,
             logprobs=kept_logprobs,
+            num_reused_tokens=sequence.num_reused or 0,
         )
 
     def _reason_to_end(self, sequence: EngineSequence) -> FinishReason | None:

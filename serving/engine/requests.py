@@ -87,9 +87,9 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
     """New tokens of one choice. `text` may be empty (half a character, a held-back stop string), never taken back.
 
-    `token_ids` are the ids sampled since the last event, end-of-turn included. The terminal one has a `finish_reason`,
-    and says how many tokens of the prompt this choice found in the prefix cache. Choice 0 goes first, so its number is
-    what earlier requests had left; the other choices also find what choice 0 has just computed.
+    `token_ids` are the ids sampled since the last event, end-of-turn included. The terminal one has a `finish_reason`.
+    `num_reused_tokens` says in each how many tokens of the prompt this choice found in the prefix cache. Choice 0 goes
+    first, so its number is what earlier requests had left; the others also find what choice 0 has just computed.
     """
 
     request_id: str

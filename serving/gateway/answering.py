@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from moderation.policy import Turn, Verdict
 from serving.errors import ServiceError, UnknownModel
+from serving.gateway.auth import key_name_of
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.disconnect import unless_client_gone
 from serving.gateway.error_responses import json_response
@@ -69,6 +70,15 @@ def max_context(services: Services, model: ServedModel) -> int:
     """Tokens that a prompt and its answer share: the model's positions or the cache, whichever is smaller."""
     engine_limit = services.engine.max_context
     return model.max_context if engine_limit is None else min(model.max_context, engine_limit)
+
+
+def cache_salt(request: Request, services: Services) -> str:
+    """Whoever has the same finds in the cache what others left of a prompt: one key's requests, or everybody's.
+
+    How fast an answer starts, and `cached_tokens`, tell whether a prompt was known.
+    """
+    key_name = key_name_of(request)
+    return "" if key_name is None or services.settings.shares_prefix_cache else f"key:{key_name}"
 
 
 async def tokenize(encode: Callable[[], T], num_characters: int) -> T:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from moderation.policy import Turn
 from serving.errors import InvalidRequest
-from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
+from serving.gateway.answering import TurnContext, cache_salt, check_model_name, max_context, refuse, respond, tokenize
 from serving.gateway.auth import key_name_of
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.fields import JsonObject
@@ -46,7 +46,8 @@ async def create_chat_completion(request: Request, services: Services, generatio
     if moderation.refuses(verdict):
         return await refuse(services, shape, asked.stream, turn, asked.sampling.num_choices, "messages")
 
-    generation = generations.start(context, [prompt_ids], [sampling], asked.sampling.num_choices)
+    salt = cache_salt(request, services)
+    generation = generations.start(context, [prompt_ids], [sampling], asked.sampling.num_choices, salt)
     answer = Answer(generation, model.tokenizer, moderation, has_logprobs=shape.has_logprobs)
     return await respond(request, services, generation, answer, shape, asked.stream, turn)
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from moderation.policy import Turn
 from serving.engine.requests import TokenLogprob
 from serving.errors import InvalidRequest
-from serving.gateway.answering import TurnContext, check_model_name, max_context, refuse, respond, tokenize
+from serving.gateway.answering import TurnContext, cache_salt, check_model_name, max_context, refuse, respond, tokenize
 from serving.gateway.auth import key_name_of
 from serving.gateway.choices import Answer, ChoiceDelta
 from serving.gateway.disconnect import unless_client_gone
@@ -51,12 +51,13 @@ async def create_completion(request: Request, services: Services, generations: G
     if moderation.refuses(verdict):
         return await refuse(services, shape, asked.stream, turn, num_choices * len(prompts), "prompt")
 
+    salt = cache_salt(request, services)
     if asked.echoes_prompt and shape.has_logprobs:
-        scoring = score_prompts(services.engine, context.request_id, prompts, sampling[0].num_top_logprobs or 0)
+        scoring = score_prompts(services.engine, context.request_id, prompts, sampling[0].num_top_logprobs or 0, salt)
         shape.scores.extend(await unless_client_gone(request, scoring))
     if asked.sampling.max_tokens == 0:
         return json_response(shape.only_echoed())
-    generation = generations.start(context, [prompt.ids for prompt in prompts], sampling, num_choices)
+    generation = generations.start(context, [prompt.ids for prompt in prompts], sampling, num_choices, salt)
     moderation.continue_texts([prompt.text for prompt in prompts for _ in range(num_choices)])
     answer = Answer(generation, model.tokenizer, moderation, has_logprobs=shape.has_logprobs)
     return await respond(request, services, generation, answer, shape, asked.stream, turn)

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """`cached_tokens`: those of the prompt that were not computed again."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 class Generation:
@@ -40,6 +43,7 @@ class Generation:
         prompts: Sequence[list[int]],
         sampling: Sequence[SamplingParams],
         num_choices: int,
+        cache_salt: str,
         owner: Generations,
     ) -> None:
         self.request_id = context.request_id
@@ -50,12 +54,14 @@ class Generation:
                 prompt_ids=prompt,
                 sampling=params,
                 num_choices=num_choices,
+                cache_salt=cache_salt,
             )
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
         ]
         self._num_choices_per_prompt = num_choices
         self._num_prompt_tokens = sum(len(prompt) for prompt in prompts)
         self._num_generated_tokens = 0
+        self._num_cached_tokens: dict[int, int] = {}  # by the first choice of each prompt
         self._arrived_at = context.arrived_at
         self._owner = owner
         self._events: list[TokenEvent] = []
@@ -71,7 +77,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._num_prompt_tokens, self._num_generated_tokens)
+        return Usage(self._num_prompt_tokens, self._num_generated_tokens, sum(self._num_cached_tokens.values()))
 
     @property
     def is_finished(self) -> bool:
@@ -167,6 +173,8 @@ class Generation:
     def _receive_tokens(self, event: TokenEvent, choice_index: int) -> None:
         if event.token_ids:
             self._observe(choice_index, len(event.token_ids))
+        if event.choice_index == 0:  # the others also find what the first one has just computed
+            self._num_cached_tokens[choice_index] = event.num_reused_tokens
         if event.finish_reason is not None:
             self._finish_reasons.add(event.finish_reason)
             self._open_choices.discard(choice_index)
@@ -219,9 +227,10 @@ class Generations:
         prompts: Sequence[list[int]],
         sampling: Sequence[SamplingParams],
         num_choices: int,
+        cache_salt: str,
     ) -> Generation:
         """Submits; the caller closes what it gets. Raises QueueFull or EngineStopped."""
-        generation = Generation(context, prompts, sampling, num_choices, self)
+        generation = Generation(context, prompts, sampling, num_choices, cache_salt, self)
         generation.submit()
         self._in_flight[generation.request_id] = generation
         return generation

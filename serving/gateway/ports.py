@@ -207,6 +207,7 @@ class GatewaySettings:
     allowed_hosts: tuple[str, ...] = ()  # besides loopback names; "*" allows any, "*.example.org" its subdomains
     allowed_origins: tuple[str, ...] = ()  # besides the server's own
     limits: RequestLimits = RequestLimits()
+    shares_prefix_cache: bool = False  # between API keys
     stall_after_s: float = 30.0
     ping_interval_s: float = 15.0
 

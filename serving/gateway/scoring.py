@@ -18,19 +18,23 @@ class PromptText:
 
 
 async def score_prompts(
-    engine: EnginePort, request_id: str, prompts: Sequence[PromptText], num_top_logprobs: int
+    engine: EnginePort, request_id: str, prompts: Sequence[PromptText], num_top_logprobs: int, cache_salt: str
 ) -> list[list[TokenLogprob | None]]:
     """One list per prompt, one entry per token; nothing precedes the first, so its entry is None."""
     return [
-        [None, *await _score(engine, f"{request_id}.score{index}", prompt.ids, num_top_logprobs)]
+        [None, *await _score(engine, f"{request_id}.score{index}", prompt.ids, num_top_logprobs, cache_salt)]
         for index, prompt in enumerate(prompts)
     ]
 
 
-async def _score(engine: EnginePort, request_id: str, ids: list[int], num_top_logprobs: int) -> list[TokenLogprob]:
+async def _score(
+    engine: EnginePort, request_id: str, ids: list[int], num_top_logprobs: int, cache_salt: str
+) -> list[TokenLogprob]:
     if len(ids) < 2:
         return []
-    stream = engine.submit(ScoreRequest(request_id=request_id, ids=ids, num_top_logprobs=num_top_logprobs))
+    stream = engine.submit(
+        ScoreRequest(request_id=request_id, ids=ids, num_top_logprobs=num_top_logprobs, cache_salt=cache_salt)
+    )
     try:
         async for event in stream:
             if isinstance(event, ScoreEvent):

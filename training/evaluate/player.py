@@ -88,7 +88,9 @@ def load_player(directory: Path, *, precision: EnginePrecision, kv_megabytes: in
     """Raises CheckpointError for a directory that the engine cannot serve."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no model directory")
-    engine = load_engine(directory, kv_bytes=kv_megabytes * 2**20, exact=precision == "float32", limits=_LIMITS)
+    kv_bytes, exact = kv_megabytes * 2**20, precision == "float32"
+    # Without a prefix cache, the last digits of an answer's log-probabilities do not depend on what was asked before.
+    engine = load_engine(directory, kv_bytes=kv_bytes, exact=exact, limits=_LIMITS, prefix_cache=False)
     # float32 weights, but whole batches at a time: the plain path's one-by-one products are not needed here.
     engine.model = replace(engine.model, is_exact=False)
     tokenizer = ModelTokenizer.load(directory)

@@ -58,6 +58,7 @@ def test_a_prompt_that_was_computed_is_not_computed_again_but_for_its_last_token
     assert (reused(first, "a"), reused(again, "a")) == (0, num_found)
     assert num_computed(engine) == 2 * num_prompt - num_found
     assert tokens(again, "a") == tokens(first, "a") == alone(generate("a", prompt, 3))[0]
+    assert {event.num_reused_tokens for event in again if isinstance(event, TokenEvent)} == {num_found}
     assert engine.stats().num_reused_tokens == num_found
 
 

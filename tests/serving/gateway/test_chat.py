@@ -56,6 +56,7 @@ async def test_answer_has_the_shape_of_a_chat_completion() -> None:
         "prompt_tokens": num_prompt,
         "completion_tokens": num_answer,
         "total_tokens": num_prompt + num_answer,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

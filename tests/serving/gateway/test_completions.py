@@ -23,7 +23,12 @@ async def test_answer_has_the_shape_of_a_text_completion() -> None:
     assert body["object"] == "text_completion"
     assert body["id"] == f"cmpl-{response.headers['x-request-id']}"
     assert body["choices"] == [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "stop"}]
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert body["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 6,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert engine.generated.sampling.max_tokens == 16
 
 
@@ -89,7 +94,12 @@ async def test_echo_of_nothing_more_is_a_pure_score() -> None:
     assert (first["text"], first["finish_reason"]) == ("abc", "length")
     assert first["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
     assert second["logprobs"]["token_logprobs"] == [None]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert body["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 0,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert [type(request) for request in engine.requests] == [ScoreRequest]
 
 

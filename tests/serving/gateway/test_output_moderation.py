@@ -401,7 +401,7 @@ async def answering(
     engine = ScriptedEngine(script)
     services = make_services(engine, rules=force)
     sampling = SamplingParams(max_tokens=500, seed=1)
-    generation = Generations(engine, services.metrics).start(RequestContext("id", 0.0), [[1]], [sampling], 1)
+    generation = Generations(engine, services.metrics).start(RequestContext("id", 0.0), [[1]], [sampling], 1, "")
     try:
         yield (
             Answer(generation, make_model().tokenizer, Moderation(services, force, "id"), has_logprobs=False),

@@ -75,7 +75,8 @@ async def test_golden_bytes_with_usage() -> None:
             f'{start}{ROLE}}}],"usage":null}}\n\n'
             f'{start}"delta":{{"content":"Hi"}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
             f'{start}"delta":{{}},"logprobs":null,"finish_reason":"stop"}}],"usage":null}}\n\n'
-            f'{last}[],"usage":{{"prompt_tokens":8,"completion_tokens":3,"total_tokens":11}}}}\n\n'
+            f'{last}[],"usage":{{"prompt_tokens":8,"completion_tokens":3,"total_tokens":11,'
+            '"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
             "data: [DONE]\n\n"
         ).encode()
     )
