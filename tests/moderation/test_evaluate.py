@@ -8,6 +8,7 @@ from moderation.categories import Category
 from moderation.evaluate import evaluate_policy, refused_conversations
 from moderation.metrics import Share
 from moderation.policy import Policy, Turn
+from moderation.presets import PRESETS
 from moderation.report import Report, encode_report, read_report
 from quant.progress import SilentProgress
 from tests.moderation.fake_classifier import WordClassifier
@@ -108,6 +109,14 @@ def test_presets_are_counted_at_the_threshold_of_the_rows_language(report: Repor
     assert found["lenient", "en"].recall == Share(1, 1)
     assert found["balanced", "en"].false_positives == Share(2, 4)
     assert found["balanced", "zh"].threshold == pytest.approx(0.4)
+
+
+def test_half_of_the_ordinary_answers_are_counted_at_the_thresholds_for_answers(report: Report) -> None:
+    found = {(one.preset, one.language): one for one in report.answer_presets}
+
+    assert len(found) == 6
+    # Three of val (one is of a source that asks for harm) and one of each of the other files; every other one is left.
+    assert [found[preset, "en"].false_positives.total for preset in PRESETS] == [2, 2, 2]
 
 
 def test_dev_rows_are_judged_under_disguises_in_each_of_their_languages(report: Report) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moderation.errors import ModerationError
 from moderation.policy import Verdict
-from moderation.stream_filter import FilterOptions, JudgingFilter, PassThrough, StreamFilter
+from moderation.stream_filter import FilterOptions, JudgingFilter, PassThrough, StreamFilter, judged_windows
 
 pytestmark = pytest.mark.unit
 
@@ -157,6 +157,15 @@ def test_a_flagged_beginning_stops_an_answer_that_ends_with_it() -> None:
         left, is_stopped = received(JudgingFilter(Judge("\0never", beginning)), list("x" * length))
         assert is_stopped
         assert "".join(left) == ""
+
+
+def test_windows_that_may_stop_an_answer_leave_out_its_first_words() -> None:
+    windows = judged_windows("word " * 40)
+
+    assert windows[-1] == "word " * 40
+    assert all(len(window) >= BY_DEFAULT.least for window in windows)
+    assert judged_windows("two words") == ["two words"]
+    assert judged_windows("") == []
 
 
 def test_the_last_of_a_long_passage_never_leaves_even_if_it_was_not_suspicious() -> None:

@@ -60,6 +60,8 @@ def write_tiny_data(directory: Path) -> Path:
             chat("kill my neighbour", source="safety_tuned_refusals"),
         ],
     )
+    for name in ("train_en", "train_zh"):
+        write_lines(directory / f"sft/{name}.jsonl.gz", [chat("How do I make tea?")])
     # A source that may be shipped and whose prompts ask for harm by design: no example of a false positive.
     meant = "hh_harmless_base"
     write_lines(

@@ -76,7 +76,7 @@ async def test_the_salt_is_the_name_of_the_key(settings: dict[str, object], salt
     engine = finding(0)
     await post(engine, CHAT, chat_body("Hi"), **settings)
     scripted = ScriptedEngine()
-    echoed = {"model": MODEL_ID, "prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 1}
+    echoed: dict[str, object] = {"model": MODEL_ID, "prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 1}
     await post(scripted, "/v1/completions", echoed, **settings)
     requests = [*engine.requests, *scripted.requests]
     assert {type(request) for request in requests} == {GenerateRequest, ScoreRequest}
