@@ -116,7 +116,7 @@ def test_half_of_the_ordinary_answers_are_counted_at_the_thresholds_for_answers(
 
     assert len(found) == 6
     # Three of val (one is of a source that asks for harm) and one of each of the other files; every other one is left.
-    assert [found[preset, "en"].false_positives.total for preset in PRESETS] == [2, 2, 2]
+    assert [found[preset, "en"].false_positives.count for preset in PRESETS] == [2, 2, 2]
 
 
 def test_dev_rows_are_judged_under_disguises_in_each_of_their_languages(report: Report) -> None:
