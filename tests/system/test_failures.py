@@ -35,9 +35,12 @@ def chat(prompt: str, **fields: object) -> dict[str, object]:
     return {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **fields}
 
 
-def endless(prompt: str = "Count from one to a thousand.") -> dict[str, object]:
-    """An answer that goes on until somebody ends it."""
-    return chat(prompt, stream=True, max_tokens=6000, ignore_eos=True)
+def endless(prompt: str = "List all rivers of the world.") -> dict[str, object]:
+    """An answer that goes on until somebody ends it.
+
+    A greedy list: what is drawn after an end of turn is now and then flagged, and then moderation ends it.
+    """
+    return chat(prompt, stream=True, max_tokens=6000, ignore_eos=True, temperature=0)
 
 
 def events(response: httpx.Response) -> Iterator[str]:
