@@ -35,9 +35,12 @@ def chat(prompt: str, **fields: object) -> dict[str, object]:
     return {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **fields}
 
 
-def endless(prompt: str = "Count from one to a thousand.") -> dict[str, object]:
-    """An answer that goes on until somebody ends it."""
-    return chat(prompt, stream=True, max_tokens=6000, ignore_eos=True)
+def endless(prompt: str = "List all rivers of the world.") -> dict[str, object]:
+    """An answer that goes on until somebody ends it.
+
+    A greedy list: what is drawn after an end of turn is now and then flagged, and then moderation ends it.
+    """
+    return chat(prompt, stream=True, max_tokens=6000, ignore_eos=True, temperature=0)
 
 
 def events(response: httpx.Response) -> Iterator[str]:
@@ -87,7 +90,8 @@ def test_a_killed_engine_is_an_error_event_and_the_server_answers_again_within_1
 def test_a_client_that_hangs_up_frees_its_cache(server: ServerProcess) -> None:
     freed_before = server.metric("causerie_cancel_to_freed_seconds_count")
     with server.client() as client, client.stream("POST", "/v1/chat/completions", json=endless()) as response:
-        next(events(response))
+        received = events(response)  # kept: an iterator that nobody holds closes the response
+        next(received)
         # The first event only says who speaks; the prompt may still wait.
         wait_until(lambda: server.metric("causerie_kv_blocks_used") > 0, 10.0 * busyness(), "a cache in use")
     wait_until(lambda: server.metric("causerie_kv_blocks_used") == 0, 5.0 * busyness(), "a free cache")
