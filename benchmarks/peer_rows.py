@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 BEST_OF_PEERS = "the best peer"
 Better = Literal["more", "less"]
@@ -98,8 +98,8 @@ def in_turns(
     found: dict[str, list[float]] = {name: [] for name in sides}
     problems: dict[str, str] = {}
     for index in range(num_rounds + 1):
-        order = list(sides) if index % 2 else list(reversed(sides))
-        for name in order:
+        names = list(sides)
+        for name in names if index % 2 else reversed(names):
             if name in problems:
                 continue
             try:
@@ -152,7 +152,7 @@ def from_json(record: Mapping[str, Any]) -> Row:
         where=record["where"],
         unit=record["unit"],
         peer=record["peer"],
-        better=cast("Better", better),
+        better=better,
         goal=record["goal"],
         ours=tuple(record["ours"]),
         theirs=tuple(record["theirs"]),

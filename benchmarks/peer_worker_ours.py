@@ -95,7 +95,8 @@ def weight_bytes_per_token(directory: Path) -> int:
     total, head, embedding = 0, 0, 0
     for path in directory.glob("*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():
+            names: list[str] = list(file.keys())
+            for name in names:
                 tensor = file.get_slice(name)
                 count = math.prod(tensor.get_shape())
                 if name.endswith("embed_tokens.weight"):

@@ -58,6 +58,7 @@ GROUPS = (*ENGINE_GROUPS, *HTTP_GROUPS)
 LLAMA_CPP, VLLM, MEMORY = "llama.cpp", "vLLM", "memory"
 FAILURES = (RuntimeError, OSError, ValueError)  # what a side that breaks raises; its rows say so, the rest goes on
 CONTEXT_TOKENS = 512
+CONTEXT_WORDS = 450  # with the question and the template about as many tokens
 STREAM_PROMPT_TOKENS = 16
 VLLM_WORKER = Path(__file__).with_name("peer_worker_vllm.py")
 
@@ -91,7 +92,7 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     # Ends through the blocks that let stopped processes go on and leave.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _leave)
     work = Path(options.work_dir).expanduser().absolute()
     work.mkdir(parents=True, exist_ok=True)
     source, prepared = prepare_model()
@@ -104,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure_servers(options, peers, source, report)
     print(f"\n{table(report.rows)}\n\n{caption(report.machine)}")
     return 0
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def measure_engines(options: argparse.Namespace, peers: Peers, prepared: Path, report: Report) -> None:
@@ -241,7 +246,7 @@ def http_measures(
 ) -> Iterator[Measure]:
     new = options.new_tokens
     if "http" in options.only:
-        for words, name in ((0, "no context"), (CONTEXT_TOKENS, f"after {CONTEXT_TOKENS} tokens")):
+        for words, name in ((0, "no context"), (CONTEXT_WORDS, f"after {CONTEXT_TOKENS} tokens")):
             yield Measure(
                 what=f"decode, 1 stream, {name}",
                 where="HTTP",
