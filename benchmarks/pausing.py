@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from benchmarks.servers import children_of
 
 # Timers that came due while a process was stopped fire first.
-_SETTLE_S = 0.2
+SETTLE_S = 0.2
 
 
 @contextmanager
@@ -28,10 +28,10 @@ def paused(pid: int) -> Generator[None]:
 
 
 @contextmanager
-def awake(pid: int) -> Generator[None]:
+def awake(pid: int, settle_s: float = SETTLE_S) -> Generator[None]:
     """Lets a paused process run, and pauses it again."""
     _signal_all(pid, signal.SIGCONT)
-    time.sleep(_SETTLE_S)
+    time.sleep(settle_s)
     try:
         yield
     finally:

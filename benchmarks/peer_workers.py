@@ -78,16 +78,7 @@ class Worker:
 @contextmanager
 def worker(command: Sequence[str | Path], environment: Mapping[str, str]) -> Generator[Worker]:
     """Started and ready. Raises WorkerError if it does not get so far."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            cwd=ROOT,
-            text=True,
-        )
+    with tempfile.TemporaryFile() as log, _started(command, environment, log) as process:
         try:
             yield Worker(process, log)
         finally:
@@ -98,6 +89,18 @@ def worker(command: Sequence[str | Path], environment: Mapping[str, str]) -> Gen
                 process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _started(command: Sequence[str | Path], environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+    )
 
 
 def random_prompts(num_prompts: int, num_tokens: int, name: str) -> list[list[int]]:
