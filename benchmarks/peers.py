@@ -30,15 +30,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pausing import awake, paused
+from benchmarks.pausing import paused
 from benchmarks.peer_http import HttpSide, causerie_side, llama_cpp_side, vllm_environment, vllm_side
-from benchmarks.peer_rows import BEST_OF_PEERS, Measure, Row, in_turns, rows_of, table, to_json
+from benchmarks.peer_measures import LLAMA_CPP, STREAM_PROMPT_TOKENS, VLLM, engine_measures, http_measures
+from benchmarks.peer_rows import Measure, Row, in_turns, rows_of, table, to_json
 from benchmarks.peer_setup import (
     Isa,
     LlamaCpp,
@@ -55,11 +56,7 @@ from benchmarks.peer_workers import Worker, WorkerError, llama_bench, worker
 ENGINE_GROUPS = ("decode", "streams", "prefill", "bandwidth")
 HTTP_GROUPS = ("http", "first-token", "second-turn")
 GROUPS = (*ENGINE_GROUPS, *HTTP_GROUPS)
-LLAMA_CPP, VLLM, MEMORY = "llama.cpp", "vLLM", "memory"
 FAILURES = (RuntimeError, OSError, ValueError)  # what a side that breaks raises; its rows say so, the rest goes on
-CONTEXT_TOKENS = 512
-CONTEXT_WORDS = 450  # with the question and the template about as many tokens
-STREAM_PROMPT_TOKENS = 16
 VLLM_WORKER = Path(__file__).with_name("peer_worker_vllm.py")
 
 
@@ -131,96 +128,6 @@ def measure_engines(options: argparse.Namespace, peers: Peers, prepared: Path, r
             report.add(measured(measure, options.rounds))
 
 
-def engine_measures(
-    options: argparse.Namespace,
-    ours: Worker,
-    vllm: Worker | None,
-    llama: LlamaCpp | None,
-    missing: Mapping[str, str],
-) -> Iterator[Measure]:
-    new, capped = options.new_tokens, "" if options.isa == "native" else f", {options.isa.upper()} at most"
-    without_llama = {name: why for name, why in missing.items() if name == LLAMA_CPP}
-    without_vllm = {name: why for name, why in missing.items() if name == VLLM}
-
-    def bench(**task: int) -> dict[str, Callable[[int], float]]:
-        if llama is None:
-            return {}
-        found = llama
-        return {LLAMA_CPP: lambda _: llama_bench(found.bench, found.gguf, options.threads, **task).tokens_per_s}
-
-    if "decode" in options.only:
-        goal = 2.0 if options.isa == "native" else 1.0
-        for depth, name in ((0, "no context"), (CONTEXT_TOKENS, f"after {CONTEXT_TOKENS} tokens")):
-            yield Measure(
-                what=f"decode, 1 stream, {name}{capped}",
-                where="engine",
-                unit="tokens/s",
-                ours=decoding(ours, 1, max(1, depth), new),
-                peers=bench(generated=new, depth=depth),
-                missing=without_llama,
-                goal=goal,
-                goal_beside=LLAMA_CPP,
-            )
-    for num_streams in options.streams if "streams" in options.only else ():
-        yield Measure(
-            what=f"decode, {num_streams} streams",
-            where="engine",
-            unit="tokens/s",
-            ours=decoding(ours, num_streams, STREAM_PROMPT_TOKENS, new),
-            peers={} if vllm is None else {VLLM: decoding(vllm, num_streams, STREAM_PROMPT_TOKENS, new)},
-            missing=without_vllm,
-            goal=1.5,
-            goal_beside=VLLM,
-        )
-    for num_tokens in options.prefill if "prefill" in options.only else ():
-        beside_vllm = {} if vllm is None else {VLLM: prefilling(vllm, num_tokens)}
-        yield Measure(
-            what=f"prefill, {num_tokens:,} tokens",
-            where="engine",
-            unit="tokens/s",
-            ours=prefilling(ours, num_tokens),
-            peers={**beside_vllm, **bench(prompt=num_tokens)},
-            missing=missing,
-            goal=1.3,
-            goal_beside=VLLM,
-        )
-    if "bandwidth" in options.only:
-        weight_bytes = ours.ready["weight_bytes_per_token"]
-        decode = decoding(ours, 1, 1, new)
-        yield Measure(
-            what="weights read while decoding, 1 stream",
-            where="engine",
-            unit="GB/s",
-            ours=lambda index: decode(index) * weight_bytes / 1e9,
-            peers={MEMORY: lambda _: asked(ours, {"kind": "bandwidth"})["bytes_per_s"] / 1e9},
-            goal=0.6,
-            goal_beside=MEMORY,
-        )
-
-
-def decoding(side: Worker, num_streams: int, prompt_tokens: int, new_tokens: int) -> Callable[[int], float]:
-    """One token more than is asked for: the first one belongs to the prompt."""
-
-    def measure(index: int) -> float:
-        with awake(side.pid):
-            return side.generate(num_streams, prompt_tokens, new_tokens + 1, seed=index).decoded_per_s
-
-    return measure
-
-
-def prefilling(side: Worker, num_tokens: int) -> Callable[[int], float]:
-    def measure(index: int) -> float:
-        with awake(side.pid):
-            return num_tokens / side.generate(1, num_tokens, 1, seed=index).prefill_s
-
-    return measure
-
-
-def asked(side: Worker, task: Mapping[str, Any]) -> dict[str, Any]:
-    with awake(side.pid):
-        return side.ask(task)
-
-
 def measure_servers(options: argparse.Namespace, peers: Peers, source: Path, report: Report) -> None:
     """All servers are up through all rounds, the ones that are not measured stopped."""
     with ExitStack() as stack:
@@ -239,71 +146,6 @@ def measure_servers(options: argparse.Namespace, peers: Peers, source: Path, rep
                 missing[name] = " ".join(str(error).split())[-300:]
         for measure in http_measures(options, ours, sides, missing):
             report.add(measured(measure, options.rounds))
-
-
-def http_measures(
-    options: argparse.Namespace, ours: HttpSide, sides: Mapping[str, HttpSide], missing: Mapping[str, str]
-) -> Iterator[Measure]:
-    new = options.new_tokens
-    if "http" in options.only:
-        for words, name in ((0, "no context"), (CONTEXT_WORDS, f"after {CONTEXT_TOKENS} tokens")):
-            yield Measure(
-                what=f"decode, 1 stream, {name}",
-                where="HTTP",
-                unit="tokens/s",
-                ours=lambda index, words=words: ours.one_stream(words, new, index),
-                peers={
-                    name: lambda index, side=side, words=words: side.one_stream(words, new, index)
-                    for name, side in sides.items()
-                },
-                missing=missing,
-                goal=2.0,
-                goal_beside=LLAMA_CPP,
-            )
-        for num_streams in options.streams:
-            yield Measure(
-                what=f"decode, {num_streams} streams",
-                where="HTTP",
-                unit="tokens/s",
-                ours=lambda index, count=num_streams: ours.streams(count, new, index),
-                peers={
-                    name: lambda index, side=side, count=num_streams: side.streams(count, new, index)
-                    for name, side in sides.items()
-                },
-                missing=missing,
-                goal=1.5,
-                goal_beside=VLLM,
-            )
-    if "first-token" in options.only:
-        yield Measure(
-            what="first token, short prompt, idle server",
-            where="HTTP",
-            unit="ms",
-            ours=lambda index: ours.first_token_ms(options.requests, index),
-            peers={
-                name: lambda index, side=side: side.first_token_ms(options.requests, index)
-                for name, side in sides.items()
-            },
-            missing=missing,
-            goal=0.7,
-            goal_beside=BEST_OF_PEERS,
-            better="less",
-        )
-    if "second-turn" in options.only:
-        yield Measure(
-            what="first token, second turn of a conversation",
-            where="HTTP",
-            unit="ms",
-            ours=lambda index: ours.second_turn_ms(options.requests, index),
-            peers={
-                name: lambda index, side=side: side.second_turn_ms(options.requests, index)
-                for name, side in sides.items()
-            },
-            missing=missing,
-            goal=0.5,
-            goal_beside=BEST_OF_PEERS,
-            better="less",
-        )
 
 
 def measured(measure: Measure, num_rounds: int) -> list[Row]:
