@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if set(options.only) & set(ENGINE_GROUPS):
         measure_engines(options, peers, prepared, report)
     if set(options.only) & set(HTTP_GROUPS):
-        measure_servers(options, peers, source, report)
+        measure_servers(options, peers, report)
     print(f"\n{table(report.rows)}\n\n{caption(report.machine)}")
     return 0
 
@@ -128,7 +128,7 @@ def measure_engines(options: argparse.Namespace, peers: Peers, prepared: Path, r
             report.add(measured(measure, options.rounds))
 
 
-def measure_servers(options: argparse.Namespace, peers: Peers, source: Path, report: Report) -> None:
+def measure_servers(options: argparse.Namespace, peers: Peers, report: Report) -> None:
     """All servers are up through all rounds, the ones that are not measured stopped."""
     with ExitStack() as stack:
         ours = stack.enter_context(causerie_side(options.threads))
@@ -201,19 +201,27 @@ def _require_wanted(name: str, options: argparse.Namespace) -> None:
 
 
 def choose_vllm(options: argparse.Namespace, work: Path, plain: Vllm) -> Vllm:
-    """The faster of both weights, by 8 streams once each after a warm-up."""
+    """The faster of both weights by 8 streams, each after a warm-up. A GPTQ that cannot run is not the faster one."""
     if options.vllm_weights == "bf16":
         return plain
-    gptq = Vllm(plain.python, quantize_for_vllm(work, plain.model), work)
-    if options.vllm_weights == "gptq":
-        return gptq
-    speeds: dict[Path, float] = {}
-    for choice in (plain, gptq):
-        with start_vllm(choice, options.threads) as side:
-            found = [side.generate(8, STREAM_PROMPT_TOKENS, 65, seed=index).decoded_per_s for index in range(2)]
-        speeds[choice.model] = found[-1]
-    print(f"vLLM, 8 streams: bfloat16 {speeds[plain.model]:.0f}, GPTQ {speeds[gptq.model]:.0f}", file=sys.stderr)
-    return plain if speeds[plain.model] >= speeds[gptq.model] else gptq
+    try:
+        gptq = Vllm(plain.python, quantize_for_vllm(work, plain.model), work)
+        if options.vllm_weights == "gptq":
+            return gptq
+        speed = vllm_speed(gptq, options.threads)
+    except (PeerUnavailableError, WorkerError) as error:
+        if options.vllm_weights == "gptq":
+            raise
+        print(f"vLLM runs no GPTQ here, only bfloat16: {error}", file=sys.stderr)
+        return plain
+    plain_speed = vllm_speed(plain, options.threads)
+    print(f"vLLM, 8 streams, tokens/s: bfloat16 {plain_speed:.0f}, GPTQ {speed:.0f}", file=sys.stderr)
+    return plain if plain_speed >= speed else gptq
+
+
+def vllm_speed(vllm: Vllm, threads: int) -> float:
+    with start_vllm(vllm, threads) as side:
+        return [side.generate(8, STREAM_PROMPT_TOKENS, 65, seed=index).decoded_per_s for index in range(2)][-1]
 
 
 def start_vllm(vllm: Vllm, threads: int):  # noqa: ANN201 - a context manager of benchmarks.peer_workers
