@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -44,6 +45,7 @@ class StreamResult:
     end: float
     gaps: list[float]  # between chunks that carried text
     num_tokens: int  # as the server counts them
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +81,28 @@ async def run_load(load: Load, *, round_index: int = 0) -> LoadResult:
 
 
 async def _stream(load: Load, index: int) -> StreamResult:
-    url = urlsplit(load.base_url)
+    return await send(load.base_url, _chat(load, index), load.api_key)
+
+
+async def send(base_url: str, chat: Mapping[str, object], api_key: str | None = None) -> StreamResult:
+    """One chat completion, streamed whatever `chat` says. Raises RuntimeError on an answer that is not a stream."""
+    url = urlsplit(base_url)
     host, port = url.hostname or "127.0.0.1", url.port or 80
     reader, writer = await asyncio.open_connection(host, port)
     try:
         start = time.perf_counter()
-        writer.write(_request(load, index, f"{host}:{port}", url.path))
+        writer.write(_request(chat, f"{host}:{port}", url.path, api_key))
         await writer.drain()
         status = await reader.readline()
         if b" 200 " not in status:
             body = await asyncio.wait_for(reader.read(4096), 5)
-            raise RuntimeError(
-                f"{load.base_url} answered {status.decode().strip()}: {body[-600:].decode(errors='replace')}"
-            )
+            raise RuntimeError(f"{base_url} answered {status.decode().strip()}: {body[-600:].decode(errors='replace')}")
         return await _read_stream(reader, start)
     finally:
         writer.close()
 
 
-def _request(load: Load, index: int, host: str, path: str) -> bytes:
+def _chat(load: Load, index: int) -> dict[str, object]:
     topic = TOPICS[index % len(TOPICS)]
     padding = " ".join(f"{topic.split()[-1]} {index}-{i}" for i in range(load.prompt_words // 2))
     question = f"Request {index}: tell me a long and detailed story about {topic}."
@@ -106,13 +111,15 @@ def _request(load: Load, index: int, host: str, path: str) -> bytes:
         "messages": [{"role": "user", "content": f"{padding}\n{question}" if padding else question}],
         "max_tokens": load.max_tokens,
         "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
     }
     if load.ignore_eos:
         body["ignore_eos"] = True
-    data = json.dumps(body).encode()
-    key = f"Authorization: Bearer {load.api_key}\r\n" if load.api_key else ""
+    return body
+
+
+def _request(chat: Mapping[str, object], host: str, path: str, api_key: str | None) -> bytes:
+    data = json.dumps({**chat, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = f"POST {path}/chat/completions HTTP/1.1\r\nHost: {host}\r\n{key}Content-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
 
@@ -120,6 +127,7 @@ def _request(load: Load, index: int, host: str, path: str) -> bytes:
 async def _read_stream(reader: asyncio.StreamReader, start: float) -> StreamResult:
     """Chunk sizes of the transfer coding stand on lines of their own and are passed over."""
     times: list[float] = []
+    parts: list[str] = []
     num_tokens = 0
     while line := await reader.readline():
         if not line.startswith(b"data: "):
@@ -132,9 +140,10 @@ async def _read_stream(reader: asyncio.StreamReader, start: float) -> StreamResu
         if event.get("usage"):
             num_tokens = event["usage"]["completion_tokens"]
         choices = event.get("choices") or [{}]
-        if (choices[0].get("delta") or {}).get("content"):
+        if part := (choices[0].get("delta") or {}).get("content"):
             times.append(time.perf_counter())
+            parts.append(part)
     if not times:
         raise RuntimeError("the stream carried no text")
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    return StreamResult(start, times[0], times[-1], gaps, num_tokens or len(times))
+    return StreamResult(start, times[0], times[-1], gaps, num_tokens or len(times), "".join(parts))

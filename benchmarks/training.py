@@ -87,16 +87,20 @@ def make_peers(work: Path) -> Peers:
     python = environment / "bin" / "python"
     if not (environment / "bin" / "accelerate").exists():
         venv.create(environment, with_pip=True)
-        import torch
-
-        # The very build that Causerie runs on: a difference of builds is none of frameworks.
-        index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"] if "+cpu" in torch.__version__ else []
-        packages = [f"torch=={torch.__version__}", f"trl=={TRL}", f"palm-rlhf-pytorch=={PALM_RLHF}", "peft"]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *index, *packages], check=True)
+        packages = [*torch_arguments(), f"trl=={TRL}", f"palm-rlhf-pytorch=={PALM_RLHF}", "peft"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     if not older.exists():
         pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", older]
         subprocess.run([*pip, f"trl=={TRL_WITH_PPO}"], check=True)
     return Peers(python, older)
+
+
+def torch_arguments() -> list[str]:
+    """For pip: the very build that Causerie runs on. A difference of builds is none of frameworks."""
+    import torch
+
+    index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"] if "+cpu" in torch.__version__ else []
+    return [*index, f"torch=={torch.__version__}"]
 
 
 def measure_sft(options: argparse.Namespace, work: Path, peers: Peers) -> dict[str, Any]:
