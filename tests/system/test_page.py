@@ -53,6 +53,8 @@ def expect_figures(page: Page, index: int, what: str = r"[\d,]+ tokens") -> None
     expect(answer(page, index).locator(".causerie-stats")).to_have_text(
         re.compile(f"first token .*{what}"), timeout=ANSWER_TIMEOUT_MS
     )
+    # The figures grow with the answer; only behind its end may the next message be sent.
+    expect(page.locator("#composer button.stop-button")).to_be_hidden()
 
 
 def set_longest_answer(page: Page, tokens: int) -> None:
