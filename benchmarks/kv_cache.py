@@ -1,6 +1,7 @@
 """What an int8 KV cache saves and costs: bytes of a token, perplexity on the held-out text of the quantisation report.
 
-python -m benchmarks.kv_cache --threads 1
+python -m benchmarks.kv_cache
+python -m benchmarks.kv_cache --speed      (milliseconds of a step instead)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.decode_step import decoding_engine, load_sides, step_seconds
 from benchmarks.own_cost import newest_prepared
 from quant.progress import LineProgress
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.measure import Agreement
+    from serving.engine.prepare import PreparedModel
+
+# (streams, tokens of context)
+CASES = ((1, 512), (1, 2048), (8, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,9 @@ class Costs:
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     directory = options.model_directory or newest_prepared()
+    if options.speed:
+        print_speed(load_sides(directory, options.threads)["native"], options.steps, is_cpu_time=options.cpu_time)
+        return 0
     costs = measure(directory, options.threads, options.window, options.tokens)
     change = costs.int8.perplexity / costs.bfloat16_perplexity - 1
     print(f"bytes of a token   {costs.bfloat16_token_bytes:,.0f} -> {costs.int8_token_bytes:,.0f}")
@@ -80,6 +89,16 @@ def measure(directory: Path, threads: int, window: int, max_tokens: int) -> Cost
     return Costs(token_bytes[0], token_bytes[1], perplexity, int8)
 
 
+def print_speed(model: PreparedModel, num_steps: int, *, is_cpu_time: bool) -> None:
+    """Decoding steps on both caches, in turns."""
+    print("streams context  bfloat16 ms  int8 ms  ratio   (best of each)")
+    for num_streams, context in CASES:
+        engines = [decoding_engine(model, num_streams, context, num_steps, int8_kv=int8) for int8 in (False, True)]
+        seconds = [[step_seconds(engine, is_cpu_time) for engine in engines] for _ in range(num_steps)]
+        plain, int8 = (min(side) * 1e3 for side in zip(*seconds, strict=True))
+        print(f"{num_streams:>7} {context:>7} {plain:>12.2f} {int8:>8.2f} {plain / int8:>6.2f}", flush=True)
+
+
 def held_out(directory: Path, window: int, max_tokens: int) -> Tensor:
     """(windows, window) ids: the text and, with the defaults, the windows of the quantisation report."""
     from quant.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_out_windows
@@ -94,6 +113,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens that are predicted one after another")
     parser.add_argument("--tokens", type=int, default=16_384, help="at most, of all windows")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
+    parser.add_argument("--speed", action="store_true", help="time decoding steps instead of predicting text")
+    parser.add_argument("--steps", type=int, default=40, help="of each cache and case, in turns, with --speed")
+    parser.add_argument("--cpu-time", action="store_true", help="this process's time, for a busy machine")
     parser.add_argument("--model-directory", type=Path, help="default: the newest prepared model in the cache")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args(argv)
