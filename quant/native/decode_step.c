@@ -231,8 +231,9 @@ static void store_rows(void *context, int first, int last) {
     }
 }
 
-/* Attention of `group` query heads of one row over one key head. queries and out: (group, dim). `group`, `dim` and
-   `is_int8` are constants for the common shapes. A key's scale multiplies its score, a value's its weight. Softmax is accumulated over chunks of the context: arXiv:2205.14135, section 3.1. */
+/* Attention of `group` query heads of one row over one key head. queries and out: (group, dim). `is_int8` is a
+   constant, `group` and `dim` are for the common shapes. A key's scale multiplies its score, a value's its weight.
+   Softmax is accumulated over chunks of the context: arXiv:2205.14135, section 3.1. */
 INLINE void attend(const Step *s, int row, int kv_head, const float *queries, const int group, const int dim,
                    const int is_int8, float *out) {
     const Model *m = s->model;

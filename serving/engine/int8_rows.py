@@ -1,6 +1,6 @@
 """Rows of numbers as int8 codes with a scale each: how an int8 KV cache keeps a head of one token's keys or values.
 
-`store_rows` in quant/native/decode_step.c is the native twin.
+`quantize_head` in quant/native/decode_step.c is the native twin.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# As wide a range as float32's, so that no scale becomes 0. Its coarse steps cost nothing: codes are rounded by the
-# scale that is stored, whose largest quotient, 127 * (1 + 2**-8), still rounds to 127.
+# The range of float32, so that small numbers keep a scale. That it is coarse costs nothing: codes are rounded by the
+# scale that is stored, and the largest quotient, 127 / (1 - 2**-9), still rounds to 127.
 SCALE_DTYPE = torch.bfloat16
 _LARGEST_CODE = 127
 

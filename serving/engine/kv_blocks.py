@@ -20,6 +20,7 @@ from serving.engine.int8_rows import SCALE_DTYPE, dequantize_rows, quantize_rows
 from serving.model.spec import DecoderSpec
 
 BLOCK_SIZE = 16  # tokens; small enough to waste little on short chats, large enough to copy in one cache line run
+CACHE_LINE_BYTES = 64
 
 
 class BlockAllocator:
@@ -227,6 +228,8 @@ class KVCache:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     # Attention over padded blocks reads slots that nobody has written and multiplies them by 0, which a NaN survives.
-    # numpy's zeros are mapped on first use; torch's would be touched now.
-    zeros = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(zeros).view(dtype).view(shape)
+    # numpy's zeros are mapped on first use; torch's would be touched now. They begin in the middle of a cache line.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    zeros = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -zeros.ctypes.data % CACHE_LINE_BYTES
+    return torch.from_numpy(zeros[start : start + num_bytes]).view(dtype).view(shape)

@@ -204,7 +204,7 @@ def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
 def test_these_and_the_products_pass_on_the_avx2_code_paths() -> None:
     here = Path(__file__)
     files = (
-        *(str(here), str(here.parent / "test_native_sharing.py")),
+        *(str(here), str(here.parent / "test_native_sharing.py"), str(here.parent / "test_int8_kv.py")),
         str(here.parents[2] / "quant" / "native" / "test_linear.py"),
     )
     run = subprocess.run(
