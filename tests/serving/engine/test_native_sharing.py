@@ -169,21 +169,22 @@ def test_guesses_right_and_wrong_change_no_bit(temperature: float, num_right: in
     assert num_right == 4 or stats.num_guessed_right < stats.num_guessed_tokens
 
 
-def test_a_neighbour_with_an_adapter_changes_nothing() -> None:
+@both_caches
+def test_a_neighbour_with_an_adapter_changes_nothing(*, int8_kv: bool) -> None:
     """Its rows go through torch, those of the others do not follow it there."""
     name = "model.layers.0.self_attn.q_proj"
     adapter = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(192, 2)}
-    engine = native_engine()
+    engine = native_engine(int8_kv=int8_kv)
     engine.set_adapter("a", adapter, version=1)
     plain = [generate(f"r{i}", prompt_of(20 + i, seed=i), 20, temperature=1, num_top_logprobs=0) for i in range(2)]
     adapted = generate("adapted", SHARED, 20, adapter="a", num_top_logprobs=0)
     events = ask(engine, plain[0], adapted, plain[1])
     for request in plain:
-        assert [said(events, request.request_id)] == said_alone(request)
-    other = native_engine()
+        assert [said(events, request.request_id)] == said_alone(request, int8_kv=int8_kv)
+    other = native_engine(int8_kv=int8_kv)
     other.set_adapter("a", adapter, version=1)
     expected = said(ask(other, adapted), "adapted")
-    (unadapted,) = said_alone(generate("adapted", SHARED, 20, num_top_logprobs=0))
+    (unadapted,) = said_alone(generate("adapted", SHARED, 20, num_top_logprobs=0), int8_kv=int8_kv)
     assert [value for _, value in said(events, "adapted")] == pytest.approx([v for _, v in expected], abs=0.05)
     assert expected != unadapted
 
