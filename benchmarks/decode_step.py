@@ -54,12 +54,14 @@ def load_sides(directory: Path, threads: int) -> dict[str, PreparedModel]:
     return {name: prepare(decoder, exact=False, native=name == "native") for name in ("torch", "native")}
 
 
-def decoding_engine(model: PreparedModel, num_streams: int, context: int, num_steps: int) -> Engine:
+def decoding_engine(
+    model: PreparedModel, num_streams: int, context: int, num_steps: int, *, int8_kv: bool = False
+) -> Engine:
     """An engine with every stream's prompt computed."""
     from serving.engine.engine import Engine
     from serving.engine.requests import GenerateRequest, SamplingParams
 
-    engine = Engine(model, kv_bytes=KV_BYTES, tokenizer=None)
+    engine = Engine(model, kv_bytes=KV_BYTES, tokenizer=None, int8_kv=int8_kv)
     draw = random.Random(0)  # noqa: S311
     sampling = SamplingParams(max_tokens=num_steps + 64, temperature=0, seed=0, ignore_eos=True)
     for index in range(num_streams):

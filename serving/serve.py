@@ -236,6 +236,7 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
         exact=config.exact,
         prefix_cache=config.prefix_cache,
         prompt_lookup=config.speculative == "prompt-lookup",
+        int8_kv=config.kv_cache_dtype == "int8",
         max_running=config.limits.max_running,
         max_waiting=config.limits.max_waiting,
         max_step_tokens=config.prefill_chunk_tokens,

@@ -1,6 +1,7 @@
 /* One forward pass of a Llama-like decoder over a few rows: RMS norms, rotary halves, grouped queries over the paged
    cache, SwiGLU. Rows may be of different sequences or neighbours in one; every row attends to its own positions only.
    serving/engine/native_step.py mirrors the structs; serving/engine/runner.py is the twin. */
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 
@@ -23,8 +24,9 @@ typedef struct {
 } Model;
 
 typedef struct {
-    uint16_t *cache;             /* (layers, slots, keys then values, kv heads, head_dim) bf16 */
-    int64_t layer_stride;        /* elements */
+    void *cache;                 /* (layers, slots, keys then values, kv heads, head_dim) bf16, or int8 codes */
+    uint16_t *scales;            /* of int8 codes: (layers, blocks, keys then values, kv heads, block_size) bf16; or null */
+    int64_t layer_stride, scales_layer_stride; /* elements */
     const int64_t *ids, *positions;
     const int32_t *tables;       /* (sequences, table_width): blocks of each sequence */
     const int32_t *sequences;    /* (rows): which table is the row's */
@@ -36,7 +38,8 @@ typedef struct {
     const Model *model;
     const Batch *batch;
     const Layer *layer;
-    uint16_t *cache;             /* of this layer */
+    char *cache;                 /* of this layer */
+    uint16_t *scales;
     float *hidden;               /* (rows, hidden): the residual stream */
     float *cos, *sin;            /* (rows, head_dim / 2) */
     float *wide;                 /* (rows, widest): q, k and v; attended; activated */
@@ -176,11 +179,46 @@ INLINE int64_t slot_of(const Step *s, int row, int64_t position) {
     return (int64_t)table[position / size] * size + position % size;
 }
 
+INLINE int cached_bytes(const int is_int8) { return is_int8 ? 1 : 2; }
+
+INLINE vf load_cached(const char *p, const int is_int8) {
+    return is_int8 ? vf_load_int8((const int8_t *)p) : vf_load_bf16((const uint16_t *)p);
+}
+
+/* Where the scale of `slot` is; those of its neighbours in the block follow. Heads of values come after all of keys. */
+INLINE uint16_t *scale_of(const Step *s, int64_t slot, int head) {
+    const int size = s->model->block_size;
+    return s->scales + (slot / size * 2 * s->model->num_kv_heads + head) * size + slot % size;
+}
+
+/* Codes of one head of keys or values, rounded by the scale that is stored; returns it. Twin: int8_rows.py. */
+INLINE uint16_t quantize_head(const float *x, int dim, int8_t *codes) {
+    vf top = vf_abs(vf_load(x));
+    for (int i = VL; i < dim; i += VL) top = vf_max(top, vf_abs(vf_load(x + i)));
+    const uint16_t scale = bf16_of(vf_top(top) / 127.0f);
+    const float step = bf16_value(scale);
+    const vf inverse = vf_set1(step >= FLT_MIN ? 1.0f / step : 0.0f);
+    for (int i = 0; i < dim; i += VL) vf_store_int8(codes + i, vf_mul(vf_load(x + i), inverse));
+    return scale;
+}
+
+/* keys_values: (keys then values, kv heads, head_dim) of one token. */
+static void cache_token(const Step *s, int64_t slot, const float *keys_values) {
+    const int dim = s->model->head_dim, heads = 2 * s->model->num_kv_heads;
+    char *to = s->cache + slot * heads * dim * cached_bytes(s->scales != NULL);
+    if (s->scales) {
+        for (int head = 0; head < heads; head++)
+            *scale_of(s, slot, head) = quantize_head(keys_values + head * dim, dim, (int8_t *)to + head * dim);
+    } else {
+        for (int i = 0; i < heads * dim; i += VL) vf_store_bf16((uint16_t *)to + i, vf_load(keys_values + i));
+    }
+}
+
 /* Queries and keys are normed and turned in place; keys and values go to the cache. */
 static void store_rows(void *context, int first, int last) {
     Step *s = context;
     const Model *m = s->model;
-    const int dim = m->head_dim, half = dim / 2, kv_width = m->num_kv_heads * dim;
+    const int dim = m->head_dim, half = dim / 2;
     const int num_turned = m->num_heads + m->num_kv_heads;
     for (int row = first; row < last; row++) {
         float *heads = s->wide + (int64_t)row * s->layer->qkv.out;
@@ -189,19 +227,21 @@ static void store_rows(void *context, int first, int last) {
             if (norm) rms_norm(heads + head * dim, norm, m->norm_eps, dim, heads + head * dim);
             rotate(heads + head * dim, s->cos + (int64_t)row * half, s->sin + (int64_t)row * half, half);
         }
-        uint16_t *to = s->cache + slot_of(s, row, s->batch->positions[row]) * 2 * kv_width;
-        for (int i = 0; i < 2 * kv_width; i += VL) vf_store_bf16(to + i, vf_load(heads + m->num_heads * dim + i));
+        cache_token(s, slot_of(s, row, s->batch->positions[row]), heads + m->num_heads * dim);
     }
 }
 
-/* Attention of `group` query heads of one row over one key head. queries and out: (group, dim). `group` and `dim` are
-   constants for the common shapes. Softmax is accumulated over chunks of the context: arXiv:2205.14135, section 3.1. */
-INLINE void attend(const Step *s, int row, int kv_head, const float *queries, const int group, const int dim, float *out) {
+/* Attention of `group` query heads of one row over one key head. queries and out: (group, dim). `is_int8` is a
+   constant, `group` and `dim` are for the common shapes. A key's scale multiplies its score, a value's its weight.
+   Softmax is accumulated over chunks of the context: arXiv:2205.14135, section 3.1. */
+INLINE void attend(const Step *s, int row, int kv_head, const float *queries, const int group, const int dim,
+                   const int is_int8, float *out) {
     const Model *m = s->model;
-    const int kv_width = m->num_kv_heads * dim, size = m->block_size, num_vectors = dim / VL;
+    const int size = m->block_size, num_vectors = dim / VL, vector_bytes = VL * cached_bytes(is_int8);
+    const int64_t head_bytes = (int64_t)dim * cached_bytes(is_int8), token_bytes = 2 * m->num_kv_heads * head_bytes;
     const int64_t context = s->batch->positions[row] + 1;
     const int32_t *table = s->batch->tables + (int64_t)s->batch->sequences[row] * s->batch->table_width;
-    const uint16_t *keys = s->cache + kv_head * dim, *values = keys + kv_width;
+    const char *keys = s->cache + kv_head * head_bytes, *values = keys + token_bytes / 2;
     const vf scale = vf_set1(1.0f / sqrtf((float)dim));
     _Alignas(64) float scores[MAX_GROUP][CONTEXT_CHUNK];
     float largest[MAX_GROUP], total[MAX_GROUP];
@@ -215,20 +255,21 @@ INLINE void attend(const Step *s, int row, int kv_head, const float *queries, co
         const int count = context - start < CONTEXT_CHUNK ? (int)(context - start) : CONTEXT_CHUNK;
         /* A block's last slots may hold nothing yet: they are read, since cache memory is never unmapped, and masked. */
         for (int t0 = 0; t0 < count; t0 += VL) {
-            const int64_t position = start + t0;
-            const uint16_t *at = keys + ((int64_t)table[position / size] * size + position % size) * 2 * kv_width;
+            const int64_t position = start + t0, slot = (int64_t)table[position / size] * size + position % size;
+            const char *at = keys + slot * token_bytes;
             vf products[MAX_GROUP][VL];
-            for (int t = 0; t < VL; t++, at += 2 * kv_width) {
+            for (int t = 0; t < VL; t++, at += token_bytes) {
                 /* Strides defeat the hardware's prefetcher; blocks mostly follow each other. */
-                for (int i = 0; i < dim; i += 32) _mm_prefetch((const char *)(at + PREFETCH_TOKENS * 2 * kv_width + i), _MM_HINT_T0);
+                for (int i = 0; i < head_bytes; i += 64) _mm_prefetch(at + PREFETCH_TOKENS * token_bytes + i, _MM_HINT_T0);
                 for (int g = 0; g < group; g++) products[g][t] = vf_set1(0.0f);
                 for (int i = 0; i < num_vectors; i++) {
-                    vf key = vf_load_bf16(at + i * VL);
+                    vf key = load_cached(at + i * vector_bytes, is_int8);
                     for (int g = 0; g < group; g++)
                         products[g][t] = vf_fma(key, vf_load(queries + g * dim + i * VL), products[g][t]);
                 }
             }
-            for (int g = 0; g < group; g++) vf_store(scores[g] + t0, vf_mul(vf_sum_rows(products[g]), scale));
+            const vf factor = is_int8 ? vf_mul(scale, vf_load_bf16(scale_of(s, slot, kv_head))) : scale;
+            for (int g = 0; g < group; g++) vf_store(scores[g] + t0, vf_mul(vf_sum_rows(products[g]), factor));
         }
         const int padded = (count + VL - 1) / VL * VL;
         for (int g = 0; g < group; g++) {
@@ -253,13 +294,19 @@ INLINE void attend(const Step *s, int row, int kv_head, const float *queries, co
             }
             total[g] += vf_sum(sum);
         }
+        if (is_int8)
+            for (int t = 0; t < padded; t += VL) {
+                const int64_t position = start + t, slot = (int64_t)table[position / size] * size + position % size;
+                const vf factor = vf_load_bf16(scale_of(s, slot, m->num_kv_heads + kv_head));
+                for (int g = 0; g < group; g++) vf_store(scores[g] + t, vf_mul(vf_load(scores[g] + t), factor));
+            }
         for (int t0 = 0; t0 < count; t0 += size) {
-            const uint16_t *at = values + (int64_t)table[(start + t0) / size] * size * 2 * kv_width;
+            const char *at = values + (int64_t)table[(start + t0) / size] * size * token_bytes;
             const int end = count - t0 < size ? count - t0 : size;
-            for (int t = 0; t < end; t++, at += 2 * kv_width) {
-                for (int i = 0; i < dim; i += 32) _mm_prefetch((const char *)(at + PREFETCH_TOKENS * 2 * kv_width + i), _MM_HINT_T0);
+            for (int t = 0; t < end; t++, at += token_bytes) {
+                for (int i = 0; i < head_bytes; i += 64) _mm_prefetch(at + PREFETCH_TOKENS * token_bytes + i, _MM_HINT_T0);
                 for (int i = 0; i < num_vectors; i++) {
-                    vf value = vf_load_bf16(at + i * VL);
+                    vf value = load_cached(at + i * vector_bytes, is_int8);
                     for (int g = 0; g < group; g++) sums[g][i] = vf_fma(vf_set1(scores[g][t0 + t]), value, sums[g][i]);
                 }
             }
@@ -272,14 +319,13 @@ INLINE void attend(const Step *s, int row, int kv_head, const float *queries, co
 
 #define ATTEND(heads)                                                                        \
     case heads:                                                                              \
-        if (dim == 64) attend(s, row, kv_head, queries, heads, 64, out);                     \
-        else if (dim == 128) attend(s, row, kv_head, queries, heads, 128, out);              \
-        else attend(s, row, kv_head, queries, heads, dim, out);                              \
+        if (dim == 64) attend(s, row, kv_head, queries, heads, 64, is_int8, out);            \
+        else if (dim == 128) attend(s, row, kv_head, queries, heads, 128, is_int8, out);     \
+        else attend(s, row, kv_head, queries, heads, dim, is_int8, out);                     \
         break;
 
 /* Item `row * kv heads + kv head`. */
-static void attend_heads(void *context, int first, int last) {
-    Step *s = context;
+INLINE void attend_items(const Step *s, int first, int last, const int is_int8) {
     const Model *m = s->model;
     const int dim = m->head_dim, group = m->num_heads / m->num_kv_heads;
     for (int item = first; item < last; item++) {
@@ -296,6 +342,12 @@ static void attend_heads(void *context, int first, int last) {
             }
         }
     }
+}
+
+static void attend_heads(void *context, int first, int last) {
+    Step *s = context;
+    if (s->scales) attend_items(s, first, last, 1);
+    else attend_items(s, first, last, 0);
 }
 
 /* ---- The step ---- */
@@ -359,7 +411,8 @@ void causerie_decode_step(const Model *m, const Batch *batch, int threads) {
     embed_and_turn(&s);
     for (int index = 0; index < m->num_layers; index++) {
         s.layer = m->layers + index;
-        s.cache = batch->cache + index * batch->layer_stride;
+        s.cache = (char *)batch->cache + index * batch->layer_stride * cached_bytes(batch->scales != NULL);
+        s.scales = batch->scales ? batch->scales + index * batch->scales_layer_stride : NULL;
         run_layer(&s);
     }
     float normed[m->hidden];

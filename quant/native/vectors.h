@@ -46,6 +46,8 @@ INLINE void vf_store_bf16(uint16_t *p, vf x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
+INLINE vf vf_load_int8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+
 /* Stores x rounded to int8 and returns the sum of what was stored. */
 INLINE int32_t vf_store_int8(int8_t *p, vf x) {
     __m512i rounded = _mm512_cvtps_epi32(x);
@@ -136,6 +138,8 @@ INLINE void vf_store_bf16(uint16_t *p, vf x) {
     _mm_storeu_si128((__m128i *)p, vi_narrow16(_mm256_srli_epi32(bits, 16)));
 }
 
+INLINE vf vf_load_int8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+
 INLINE int32_t vf_store_int8(int8_t *p, vf x) {
     __m256i rounded = _mm256_cvtps_epi32(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
@@ -183,6 +187,19 @@ INLINE vi vi_broadcast4(const int8_t *p) {
 #else
 #error "needs AVX-512 with VNNI, or AVX2 with FMA and F16C"
 #endif
+
+INLINE uint16_t bf16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float bf16_value(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 
 /* e^x with a relative error below 2e-7; x is clamped to +-87. Cephes' polynomial. */
 INLINE vf vf_exp(vf x) {

@@ -57,6 +57,7 @@ class Engine:
     tokenizer: needed for text and stop strings; without one, events carry ids only and end-of-turn is `eos_ids`.
     prefix_cache: a request does not compute what an earlier one with the same beginning, adapter and salt has left.
     prompt_lookup: sequences guess what comes next from what they have said; see `prompt_lookup.py`.
+    int8_kv: keys and values are kept as int8, in about half of the memory. Not for an exact model.
     """
 
     def __init__(
@@ -69,8 +70,11 @@ class Engine:
         eos_ids: frozenset[int] | None = None,
         prefix_cache: bool = True,
         prompt_lookup: bool = False,
+        int8_kv: bool = False,
     ) -> None:
-        layout = KVLayout.of(model.spec, model.dtype)
+        if int8_kv and model.is_exact:
+            raise ValueError("an exact model rounds nothing, so its KV cache cannot be int8")
+        layout = KVLayout.of(model.spec, model.dtype, is_int8=int8_kv)
         num_blocks = kv_bytes // layout.block_bytes
         if num_blocks < 2:
             raise CheckpointError(
@@ -432,6 +436,7 @@ def load_engine(
     limits: EngineLimits | None = None,
     prefix_cache: bool = True,
     prompt_lookup: bool = False,
+    int8_kv: bool = False,
 ) -> Engine:
     """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
     tokenizer = ModelTokenizer.load(directory)
@@ -446,6 +451,7 @@ def load_engine(
         limits=limits,
         prefix_cache=prefix_cache,
         prompt_lookup=prompt_lookup,
+        int8_kv=int8_kv,
     )
 
 

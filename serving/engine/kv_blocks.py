@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from serving.engine.int8_rows import SCALE_DTYPE, dequantize_rows, quantize_rows
 from serving.model.spec import DecoderSpec
 
 BLOCK_SIZE = 16  # tokens; small enough to waste little on short chats, large enough to copy in one cache line run
+CACHE_LINE_BYTES = 64
 
 
 class BlockAllocator:
@@ -118,12 +120,13 @@ def blocks_for(num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Size of one cache for one model."""
+    """Size of one cache for one model. `dtype` is what is written and read; `is_int8` says that it is kept as int8."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    is_int8: bool = False
 
     @property
     def width(self) -> int:
@@ -132,11 +135,16 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        return 2 * self.num_layers * BLOCK_SIZE * self.width * self.dtype.itemsize
+        scale_bytes = self.num_kv_heads * SCALE_DTYPE.itemsize if self.is_int8 else 0
+        return 2 * self.num_layers * BLOCK_SIZE * (self.width * self.stored_dtype.itemsize + scale_bytes)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.int8 if self.is_int8 else self.dtype
 
     @classmethod
-    def of(cls, spec: DecoderSpec, dtype: torch.dtype) -> KVLayout:
-        return cls(spec.num_layers, spec.num_kv_heads, spec.head_dim, dtype)
+    def of(cls, spec: DecoderSpec, dtype: torch.dtype, *, is_int8: bool = False) -> KVLayout:
+        return cls(spec.num_layers, spec.num_kv_heads, spec.head_dim, dtype, is_int8)
 
 
 class KVCache:
@@ -144,16 +152,20 @@ class KVCache:
 
     Keys are stored after rotary. A slot is `block * BLOCK_SIZE + offset`. Memory is reserved at once and mapped by
     the system as blocks are first written.
+
+    An int8 cache keeps codes there, and a scale for each token's head of keys and of values beside them: (layer, block,
+    keys then values, kv head, token in block), so that native code loads those of a run of tokens as one vector.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (layout.num_layers, num_blocks * BLOCK_SIZE, 2 * layout.width)
-        # Attention over padded blocks reads slots that nobody has written and multiplies them by 0, which a NaN
-        # survives. numpy's zeros are mapped on first use; torch's would be touched now.
-        zeros = np.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=np.uint8)
-        self._data = torch.from_numpy(zeros).view(layout.dtype).view(shape)
+        self._data = _zeros((layout.num_layers, num_blocks * BLOCK_SIZE, 2 * layout.width), layout.stored_dtype)
+        self._scales = (
+            _zeros((layout.num_layers, num_blocks, 2, layout.num_kv_heads, BLOCK_SIZE), SCALE_DTYPE)
+            if layout.is_int8
+            else None
+        )
         # Views by layer, made once: (kv heads, slots, head dim).
         heads = self._data.unflatten(2, (2, layout.num_kv_heads, layout.head_dim)).permute(0, 2, 3, 1, 4)
         self._keys = [heads[layer, 0] for layer in range(layout.num_layers)]
@@ -169,12 +181,34 @@ class KVCache:
         """Elements from one layer to the next."""
         return self._data.stride(0)
 
+    @property
+    def scales_address(self) -> int | None:
+        """As `address`, of the scales; None if there are none."""
+        return None if self._scales is None else self._scales.data_ptr()
+
+    @property
+    def scales_layer_stride(self) -> int:
+        return 0 if self._scales is None else self._scales.stride(0)
+
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         """slots: (tokens,) int64; keys_values: (tokens, 2 * width), keys first."""
-        self._data[layer].index_copy_(0, slots, keys_values)
+        if self._scales is None:
+            self._data[layer].index_copy_(0, slots, keys_values)
+            return
+        codes, scales = quantize_rows(keys_values.unflatten(1, (2, self.layout.num_kv_heads, self.layout.head_dim)))
+        self._data[layer].index_copy_(0, slots, codes.flatten(1))
+        self._scales[layer][slots // BLOCK_SIZE, :, :, slots % BLOCK_SIZE] = scales
 
     def read_run(self, layer: int, first_slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of consecutive slots as views, each (kv heads, count, head dim)."""
+        """Keys and values of consecutive slots, each (kv heads, count, head dim); views, or copies of an int8 cache.
+
+        first_slot: the first of a block.
+        """
+        if self._scales is not None:
+            first_block = first_slot // BLOCK_SIZE
+            table = torch.arange(first_block, first_block + blocks_for(count)).view(1, -1)
+            keys, values = self.read_blocks(layer, table)
+            return keys[0, :, :count], values[0, :, :count]
         last_slot = first_slot + count
         return self._keys[layer][:, first_slot:last_slot], self._values[layer][:, first_slot:last_slot]
 
@@ -186,4 +220,16 @@ class KVCache:
         num_rows, num_blocks = block_table.shape
         blocks = self._data[layer].view(self.num_blocks, -1).index_select(0, block_table.view(-1))
         tokens = blocks.view(num_rows, num_blocks * BLOCK_SIZE, 2, self.layout.num_kv_heads, self.layout.head_dim)
+        if self._scales is not None:
+            scales = self._scales[layer].index_select(0, block_table.view(-1)).movedim(3, 1)
+            tokens = dequantize_rows(tokens, scales.reshape(tokens.shape[:-1]), self.layout.dtype)
         return tokens[:, :, 0].transpose(1, 2), tokens[:, :, 1].transpose(1, 2)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # Attention over padded blocks reads slots that nobody has written and multiplies them by 0, which a NaN survives.
+    # numpy's zeros are mapped on first use; torch's would be touched now. They begin in the middle of a cache line.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    zeros = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -zeros.ctypes.data % CACHE_LINE_BYTES
+    return torch.from_numpy(zeros[start : start + num_bytes]).view(dtype).view(shape)

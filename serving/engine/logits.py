@@ -17,10 +17,10 @@ from serving.engine.sequence import Sequence
 
 
 @torch.inference_mode()
-def serving_logits(model: PreparedModel, ids: Tensor, *, chunk_tokens: int = 256) -> Tensor:
+def serving_logits(model: PreparedModel, ids: Tensor, *, chunk_tokens: int = 256, int8_kv: bool = False) -> Tensor:
     """ids (seq,) -> logits (seq, vocabulary) float32."""
     num_blocks = blocks_for(ids.shape[0])
-    cache = KVCache(KVLayout.of(model.spec, model.dtype), num_blocks)
+    cache = KVCache(KVLayout.of(model.spec, model.dtype, is_int8=int8_kv), num_blocks)
     scheduler = Scheduler(BlockAllocator(num_blocks), EngineLimits(max_step_tokens=chunk_tokens))
     known: list[int] = ids.tolist()
     sequence = Sequence(ScoreRequest(request_id="logits", ids=known), 0, 0, known, len(known))

@@ -75,7 +75,9 @@ class _CBatch(ctypes.Structure):
 
     _fields_ = (
         ("cache", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("layer_stride", ctypes.c_int64),
+        ("scales_layer_stride", ctypes.c_int64),
         ("ids", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
@@ -136,7 +138,9 @@ class NativeStep:
         out = torch.empty(ids.shape[0], self._hidden_size, dtype=torch.bfloat16)
         batch = _CBatch(
             cache.address,
+            cache.scales_address,
             cache.layer_stride,
+            cache.scales_layer_stride,
             ids.data_ptr(),
             positions.data_ptr(),
             tables.data_ptr(),

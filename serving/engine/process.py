@@ -203,6 +203,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
         limits=limits,
         prefix_cache=settings.prefix_cache,
         prompt_lookup=settings.prompt_lookup,
+        int8_kv=settings.int8_kv,
     )
     torch.set_num_threads(num_threads)
     return engine

@@ -38,6 +38,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool = False
     prefix_cache: bool = True
     prompt_lookup: bool = False
+    int8_kv: bool = False
     max_running: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 256

@@ -147,6 +147,13 @@ def test_a_host_others_can_reach_needs_a_key(host: str, tmp_path: Path) -> None:
     assert load_config({"host": host, "api_key_file": str(key_file)}, {}).api_key == "from-file"
 
 
+def test_an_exact_server_refuses_a_rounded_cache() -> None:
+    assert load_config({"kv_cache_dtype": "int8"}, {}).config.kv_cache_dtype == "int8"
+    assert load_config({"kv_cache_dtype": "bfloat16", "exact": True}, {}).config.exact
+    with pytest.raises(ConfigError, match=r"exact rounds nothing .* kv_cache_dtype = int8"):
+        load_config({"exact": True}, {"CAUSERIE_KV_CACHE_DTYPE": "int8"})
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])
 def test_a_loopback_host_needs_none(host: str) -> None:
     assert load_config({"host": host}, {}).api_key is None

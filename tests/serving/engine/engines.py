@@ -25,6 +25,7 @@ def engine_of(
     *,
     prefix_cache: bool = True,
     prompt_lookup: bool = False,
+    int8_kv: bool = False,
     model: PreparedModel | None = None,
     **limits: int,
 ) -> Engine:
@@ -32,12 +33,13 @@ def engine_of(
     model = model or _plain_model()
     return Engine(
         model,
-        kv_bytes=num_blocks * KVLayout.of(model.spec, model.dtype).block_bytes,
+        kv_bytes=num_blocks * KVLayout.of(model.spec, model.dtype, is_int8=int8_kv).block_bytes,
         tokenizer=None,
         limits=EngineLimits(**limits),
         eos_ids=frozenset({EOS}),
         prefix_cache=prefix_cache,
         prompt_lookup=prompt_lookup,
+        int8_kv=int8_kv,
     )
 
 

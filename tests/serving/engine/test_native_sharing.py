@@ -30,6 +30,7 @@ pytestmark = [
 
 SHARED = prompt_of(100, seed=9)
 REPEATING = prompt_of(12, seed=3) * 4
+both_caches = pytest.mark.parametrize("int8_kv", [False, True], ids=["bfloat16 cache", "int8 cache"])
 
 
 @cache
@@ -40,9 +41,21 @@ def native_model() -> PreparedModel:
 
 
 def native_engine(
-    num_blocks: int = 64, *, prefix_cache: bool = True, prompt_lookup: bool = False, **limits: int
+    num_blocks: int = 64,
+    *,
+    prefix_cache: bool = True,
+    prompt_lookup: bool = False,
+    int8_kv: bool = False,
+    **limits: int,
 ) -> Engine:
-    return engine_of(num_blocks, prefix_cache=prefix_cache, prompt_lookup=prompt_lookup, model=native_model(), **limits)
+    return engine_of(
+        num_blocks,
+        prefix_cache=prefix_cache,
+        prompt_lookup=prompt_lookup,
+        int8_kv=int8_kv,
+        model=native_model(),
+        **limits,
+    )
 
 
 def ask(engine: Engine, *requests: GenerateRequest | ScoreRequest | PoolRequest) -> list[EngineEvent]:
@@ -61,20 +74,23 @@ def said(events: list[EngineEvent], request_id: str, choice_index: int = 0) -> l
     ]
 
 
-def said_alone(request: GenerateRequest) -> list[list[tuple[int, float]]]:
+def said_alone(request: GenerateRequest, *, int8_kv: bool = False) -> list[list[tuple[int, float]]]:
     """Of every choice, from an engine that shares nothing and takes the whole prompt in one chunk."""
-    events = ask(native_engine(prefix_cache=False), request)
+    events = ask(native_engine(prefix_cache=False, int8_kv=int8_kv), request)
     return [said(events, request.request_id, index) for index in range(request.num_choices)]
 
 
+@both_caches
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("max_step_tokens", [256, 24])
-def test_a_seeded_second_turn_is_the_same_cached_and_not(num_threads: int, max_step_tokens: int) -> None:
+def test_a_seeded_second_turn_is_the_same_cached_and_not(
+    num_threads: int, max_step_tokens: int, *, int8_kv: bool
+) -> None:
     """What was found ends nowhere near a border of the uncached prompt's chunks, and half of it was decoded."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        engine = native_engine(max_step_tokens=max_step_tokens)
+        engine = native_engine(max_step_tokens=max_step_tokens, int8_kv=int8_kv)
         first = generate("a", SHARED[:40], 30, temperature=1)
         answer = tokens(ask(engine, first), "a")
         second = generate(
@@ -82,17 +98,20 @@ def test_a_seeded_second_turn_is_the_same_cached_and_not(num_threads: int, max_s
         )
         events = ask(engine, second)
         assert reused(events, "b") == 64
-        assert [said(events, "b")] == said_alone(second)
+        assert [said(events, "b")] == said_alone(second, int8_kv=int8_kv)
     finally:
         torch.set_num_threads(before)
 
 
+@both_caches
 @pytest.mark.parametrize("prompt_lookup", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_everything_shared_is_the_same_alone(seed: int, prompt_lookup: bool) -> None:
+def test_everything_shared_is_the_same_alone(seed: int, prompt_lookup: bool, *, int8_kv: bool) -> None:
     """Conversations that branch, n choices, arrivals in the middle, small chunks, a cache so small that all fight."""
     rng = random.Random(seed)
-    engine = native_engine(14, max_step_tokens=rng.choice([5, 16, 40, 256]), prompt_lookup=prompt_lookup)
+    engine = native_engine(
+        14, max_step_tokens=rng.choice([5, 16, 40, 256]), prompt_lookup=prompt_lookup, int8_kv=int8_kv
+    )
     known = [SHARED[:20], SHARED[:50], REPEATING]
     asked: list[GenerateRequest] = []
     events: list[EngineEvent] = []
@@ -115,24 +134,25 @@ def test_everything_shared_is_the_same_alone(seed: int, prompt_lookup: bool) -> 
     events += run(engine)
     for request in asked:
         found = [said(events, request.request_id, index) for index in range(request.num_choices)]
-        assert found == said_alone(request)
+        assert found == said_alone(request, int8_kv=int8_kv)
     stats = engine.stats()
     assert stats.num_reused_tokens > 0
     assert (stats.num_guessed_tokens > 0) == prompt_lookup
     assert stats.num_free_blocks == stats.num_total_blocks
 
 
+@both_caches
 @pytest.mark.parametrize("prompt_lookup", [False, True])
-def test_who_was_preempted_goes_on_with_the_same_bits(prompt_lookup: bool) -> None:
+def test_who_was_preempted_goes_on_with_the_same_bits(prompt_lookup: bool, *, int8_kv: bool) -> None:
     requests = [
         generate(f"r{i}", prompt_of(5 + i, seed=i) * 3, 50, temperature=0.3 * (i % 2), num_top_logprobs=0)
         for i in range(4)
     ]
-    engine = native_engine(9, prompt_lookup=prompt_lookup, max_step_tokens=24)
+    engine = native_engine(9, prompt_lookup=prompt_lookup, int8_kv=int8_kv, max_step_tokens=24)
     events = ask(engine, *requests)
     assert engine.stats().num_preemptions > 0
     for request in requests:
-        assert [said(events, request.request_id)] == said_alone(request)
+        assert [said(events, request.request_id)] == said_alone(request, int8_kv=int8_kv)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -149,21 +169,22 @@ def test_guesses_right_and_wrong_change_no_bit(temperature: float, num_right: in
     assert num_right == 4 or stats.num_guessed_right < stats.num_guessed_tokens
 
 
-def test_a_neighbour_with_an_adapter_changes_nothing() -> None:
+@both_caches
+def test_a_neighbour_with_an_adapter_changes_nothing(*, int8_kv: bool) -> None:
     """Its rows go through torch, those of the others do not follow it there."""
     name = "model.layers.0.self_attn.q_proj"
     adapter = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(192, 2)}
-    engine = native_engine()
+    engine = native_engine(int8_kv=int8_kv)
     engine.set_adapter("a", adapter, version=1)
     plain = [generate(f"r{i}", prompt_of(20 + i, seed=i), 20, temperature=1, num_top_logprobs=0) for i in range(2)]
     adapted = generate("adapted", SHARED, 20, adapter="a", num_top_logprobs=0)
     events = ask(engine, plain[0], adapted, plain[1])
     for request in plain:
-        assert [said(events, request.request_id)] == said_alone(request)
-    other = native_engine()
+        assert [said(events, request.request_id)] == said_alone(request, int8_kv=int8_kv)
+    other = native_engine(int8_kv=int8_kv)
     other.set_adapter("a", adapter, version=1)
     expected = said(ask(other, adapted), "adapted")
-    (unadapted,) = said_alone(generate("adapted", SHARED, 20, num_top_logprobs=0))
+    (unadapted,) = said_alone(generate("adapted", SHARED, 20, num_top_logprobs=0), int8_kv=int8_kv)
     assert [value for _, value in said(events, "adapted")] == pytest.approx([v for _, v in expected], abs=0.05)
     assert expected != unadapted
 

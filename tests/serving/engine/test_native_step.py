@@ -45,14 +45,15 @@ FORMS = {
 }
 # int8 activations, and bf16 ones on the other side. A product is 0.7 % off; what follows adds to it.
 TOLERANCE = 0.03
+both_caches = pytest.mark.parametrize("int8_kv", [False, True], ids=["bfloat16 cache", "int8 cache"])
 
 
 def without_native_step(model: PreparedModel) -> PreparedModel:
     return replace(model, native=None)
 
 
-def make_engine(model: PreparedModel) -> Engine:
-    return Engine(model, kv_bytes=1 << 21, tokenizer=None, limits=EngineLimits(max_step_tokens=24))
+def make_engine(model: PreparedModel, *, int8_kv: bool = False) -> Engine:
+    return Engine(model, kv_bytes=1 << 21, tokenizer=None, limits=EngineLimits(max_step_tokens=24), int8_kv=int8_kv)
 
 
 def greedy_ids(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -65,6 +66,13 @@ def greedy_ids(engine: Engine, prompts: list[list[int]], count: int) -> list[lis
             assert isinstance(event, TokenEvent)
             found[int(event.request_id)] += event.token_ids
     return found
+
+
+@pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS.keys())
+def test_step_on_an_int8_cache_equals_its_torch_twin_within_the_tolerance(spec: DecoderSpec) -> None:
+    model, ids = prepare(quantized_decoder(spec), exact=False), torch.tensor(prompt_of(300))
+    expected = serving_logits(without_native_step(model), ids, int8_kv=True)
+    assert relative_error(serving_logits(model, ids, chunk_tokens=50, int8_kv=True), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS.keys())
@@ -90,33 +98,40 @@ def test_tolerance_notices_a_wrong_scale(name: str) -> None:
     assert relative_error(serving_logits(model, ids, chunk_tokens=1), expected) > TOLERANCE
 
 
-def test_rows_are_the_same_alone_and_together() -> None:
+@both_caches
+def test_rows_are_the_same_alone_and_together(*, int8_kv: bool) -> None:
     model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(70))
-    alone = serving_logits(model, ids, chunk_tokens=1)
+    alone = serving_logits(model, ids, chunk_tokens=1, int8_kv=int8_kv)
     for chunk_tokens in (2, 7, 64):
-        assert torch.equal(serving_logits(model, ids, chunk_tokens=chunk_tokens), alone)
+        assert torch.equal(serving_logits(model, ids, chunk_tokens=chunk_tokens, int8_kv=int8_kv), alone)
 
 
-def test_sequences_decoded_together_equal_each_alone() -> None:
+@both_caches
+def test_sequences_decoded_together_equal_each_alone(*, int8_kv: bool) -> None:
     model = prepare(quantized_decoder(NATIVE_SPEC), exact=False)
     prompts = [prompt_of(5 + 9 * i, seed=i) for i in range(6)]
-    together = greedy_ids(make_engine(model), prompts, 30)
-    assert together == [greedy_ids(make_engine(model), [prompt], 30)[0] for prompt in prompts]
+    together = greedy_ids(make_engine(model, int8_kv=int8_kv), prompts, 30)
+    assert together == [greedy_ids(make_engine(model, int8_kv=int8_kv), [prompt], 30)[0] for prompt in prompts]
 
 
+@both_caches
 @pytest.mark.parametrize("is_native_first", [True, False])
-def test_both_paths_read_what_the_other_one_cached(is_native_first: bool) -> None:
+def test_both_paths_read_what_the_other_one_cached(is_native_first: bool, *, int8_kv: bool) -> None:
     decoder = quantized_decoder(NATIVE_SPEC)
     model, ids = prepare(decoder, exact=False), prompt_of(100)
     with torch.no_grad():
         expected = decoder(torch.tensor([ids]))[0, 70:]
-    cache = KVCache(KVLayout.of(model.spec, model.dtype), 9)
+    cache = KVCache(KVLayout.of(model.spec, model.dtype, is_int8=int8_kv), 9)
     sequence = Sequence(ScoreRequest(request_id="a", ids=ids), 0, 0, ids, len(ids), blocks=[8, 1, 2, 3, 7, 6, 0])
     first, second = (model, without_native_step(model)) if is_native_first else (without_native_step(model), model)
     with torch.inference_mode():
         run_chunks(first, cache, [Chunk(sequence, 0, 70)])
         found = model.head(run_chunks(second, cache, [Chunk(sequence, 70, 30)]))
-    assert relative_error(found, expected) < TOLERANCE
+        assert relative_error(found, expected) < TOLERANCE
+        if cache._scales is not None:
+            cache._scales[:, :, 0] *= 1.5  # of keys: the tolerance notices
+            found = model.head(run_chunks(second, cache, [Chunk(sequence, 70, 30)]))
+            assert relative_error(found, expected) > TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -189,7 +204,7 @@ def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
 def test_these_and_the_products_pass_on_the_avx2_code_paths() -> None:
     here = Path(__file__)
     files = (
-        *(str(here), str(here.parent / "test_native_sharing.py")),
+        *(str(here), str(here.parent / "test_native_sharing.py"), str(here.parent / "test_int8_kv.py")),
         str(here.parents[2] / "quant" / "native" / "test_linear.py"),
     )
     run = subprocess.run(
