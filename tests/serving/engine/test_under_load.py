@@ -132,6 +132,31 @@ def test_between_two_tokens_of_a_stream_there_is_one_step_whatever_prompts_come(
     assert all(f"long{number}" in log.steps_of for number in range(num_long))
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("num_streams", [1, 8])
+def test_a_long_prompt_beside_streams_ends_in_bounded_steps_and_changes_nobody(
+    num_streams: int, *, prefix_cache: bool
+) -> None:
+    """One token a step is the least that it gets; what comes after it has its turn, too."""
+    engine = engine_of(num_blocks=256, prefix_cache=prefix_cache)
+    requests = [generate(f"s{i}", prompt_of(4, seed=i), 230, temperature=i % 2) for i in range(num_streams)]
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    engine.step()
+    requests += [generate("long", prompt_of(200, seed=80), 5), generate("after", prompt_of(20, seed=81), 5)]
+    for request in requests[-2:]:
+        engine.submit(request)
+    log = StepLog()
+    events = run(engine, log)
+    assert 1 < log.steps_of["long"][0] < 200
+    assert log.steps_of["after"][0] <= log.steps_of["long"][0] + 20
+    assert [log.longest_gap(f"s{i}") for i in range(num_streams)] == [1] * num_streams
+    for request in requests[-2:]:
+        assert [tokens(events, request.request_id)] == alone(request)
+    assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
+
+
 @dataclass
 class _Bytes:
     """What the engine reads of a tokenizer."""
