@@ -214,7 +214,15 @@ class ServeConfig(_Checked):
     )
     prefill_chunk_tokens: int = field(
         default=256,
-        metadata=_about(integer(16, 8192), "tokens of one engine step; small ones keep streams smooth beside prompts"),
+        metadata=_about(
+            integer(16, 8192), "tokens of one engine step over all sequences; a prompt alone takes them all"
+        ),
+    )
+    prefill_slowdown: float = field(
+        default=2.5,
+        metadata=_about(
+            number(1.1, 100), "beside running streams, prompts make a step at most this many times as long, by estimate"
+        ),
     )
     compute_threads: int | None = field(
         default=None, metadata=_about(optional(integer(1, 512)), "engine threads; absent: OMP_NUM_THREADS or all cores")

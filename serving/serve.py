@@ -240,6 +240,7 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
         max_running=config.limits.max_running,
         max_waiting=config.limits.max_waiting,
         max_step_tokens=config.prefill_chunk_tokens,
+        prefill_slowdown=config.prefill_slowdown,
         compute_threads=config.compute_threads,
         log_format=config.log_format,
         log_level=logging.getLevelNamesMapping()[config.log_level.upper()],

@@ -162,7 +162,10 @@ class Sampler:
             kv_bytes=min(needed, self._settings.kv_megabytes * 2**20),
             tokenizer=None,
             limits=EngineLimits(
-                max_running=min(len(prompts), _MAX_RUNNING), max_waiting=len(prompts), max_step_tokens=_STEP_TOKENS
+                max_running=min(len(prompts), _MAX_RUNNING),
+                max_waiting=len(prompts),
+                max_step_tokens=_STEP_TOKENS,
+                prefill_slowdown=None,
             ),
             eos_ids=self._trunk.tokenizer.eos_ids,
         )

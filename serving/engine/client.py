@@ -206,7 +206,7 @@ class EngineClient:
     def _check_queue(self, num_choices: int) -> None:
         num_open = sum(stream.num_open_choices for stream in self._streams.values())
         num_places = self._settings.max_running
-        if self.stats is not None and self.stats.num_waiting > self.stats.num_awaiting_prefix:
+        if self.stats is not None and self.stats.num_waiting > self.stats.num_awaiting_turn:
             num_places = self.stats.num_running  # something waits for room, so the cache is full
         num_waiting = max(0, num_open - num_places)
         if num_open >= num_places and num_waiting + num_choices > self._settings.max_waiting:

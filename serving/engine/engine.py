@@ -40,6 +40,7 @@ from serving.engine.runner import run_chunks
 from serving.engine.sampler import SamplingRow, sample, token_logprobs
 from serving.engine.scheduler import Chunk, EngineLimits, Scheduler
 from serving.engine.sequence import Sequence as EngineSequence
+from serving.engine.step_cost import StepCost
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
 from serving.model.tokenizer import ModelTokenizer
 from serving.model.weights import load_decoder
@@ -87,7 +88,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids if eos_ids is not None else (tokenizer.eos_ids if tokenizer else frozenset[int]())
         self._cache = KVCache(layout, num_blocks)
-        self._scheduler = Scheduler(BlockAllocator(num_blocks), self.limits)
+        self._scheduler = Scheduler(BlockAllocator(num_blocks), self.limits, StepCost.of(model.spec))
         self._sequences: dict[str, list[EngineSequence]] = {}
         self._adapters: dict[str, Adapter] = {}
         self._heads: dict[str, Tensor] = {}
@@ -184,7 +185,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_awaiting_prefix=scheduler.num_awaiting_prefix,
+            num_awaiting_turn=scheduler.num_awaiting_turn,
             num_free_blocks=scheduler.allocator.num_available,
             num_total_blocks=scheduler.allocator.num_blocks,
             num_steps=self._num_steps,

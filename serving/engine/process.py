@@ -195,6 +195,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
         max_running=settings.max_running,
         max_waiting=settings.max_waiting + settings.max_running,  # the client refuses first, and knows Retry-After
         max_step_tokens=settings.max_step_tokens,
+        prefill_slowdown=settings.prefill_slowdown,
     )
     engine = load_engine(
         Path(settings.directory),

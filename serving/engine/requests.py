@@ -132,7 +132,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int  # completed since the process started
     num_prompt_tokens: int  # totals since the process started
     num_generated_tokens: int
-    num_awaiting_prefix: int = 0  # of the waiting ones: there is room, but their beginning is just being computed
+    # Of the waiting ones: the cache has room, but the step is full or their beginning is just being computed.
+    num_awaiting_turn: int = 0
     num_idle_blocks: int = 0
     num_reused_tokens: int = 0  # of prompts, over finished sequences, that were found in the prefix cache
     num_preemptions: int = 0

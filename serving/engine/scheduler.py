@@ -1,10 +1,12 @@
 """Which sequences run in the next step, and how many tokens of each.
 
 Continuous batching: sequences join and leave at every step. Decoding sequences go first with one token each; what is
-left of the step's token budget goes to prefill, oldest first, in chunks, so a long prompt does not stall the streams of
-others. A sequence that begins does not compute the full blocks that are known of its beginning. When blocks run out the
-youngest sequence gives its own back and is computed again later (recompute preemption), as far as they were needed
-meanwhile; the oldest always advances, so every accepted sequence ends. Knows integers only: no tensors, no clock.
+left of the step goes to prefill, oldest first, in chunks. Beside streams a chunk is as long as keeps the step within a
+multiple of what the streams cost alone, by `step_cost.py`'s estimate, and at least one token: a long prompt slows the
+others a little for longer, and still ends. A sequence that begins does not compute the full blocks that are known of
+its beginning. When blocks run out the youngest sequence gives its own back and is computed again later (recompute
+preemption), as far as they were needed meanwhile; the oldest always advances, so every accepted sequence ends. Knows
+numbers only: no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, blocks_for
 from serving.engine.prompt_lookup import MAX_GUESS
 from serving.engine.sequence import Sequence
+from serving.engine.step_cost import StepCost
 
 # With more rows a step is bound by its products, not by reading the weights: a guessed row costs what it saves.
 _MAX_GUESSING = 4
@@ -26,13 +29,16 @@ class EngineLimits:
 
     max_running: int = 64
     max_waiting: int = 256
-    # Tokens of one step over all sequences, decoding ones first: bounds how long a prefill chunk stalls others.
-    max_step_tokens: int = 256
+    max_step_tokens: int = 256  # of one step over all sequences, decoding ones first
+    # Prompts make a step at most this many times what its streams cost alone, by estimate. None: streams may wait.
+    prefill_slowdown: float | None = 2.5
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "max_step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prefill_slowdown is not None and self.prefill_slowdown <= 1:
+            raise ValueError(f"prefill_slowdown must be above 1, got {self.prefill_slowdown}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +67,44 @@ class Chunk:
         return self.end >= len(self.sequence.ids)
 
 
+class _Room:
+    """What one step has left for prompts: tokens, and beside streams what they may cost."""
+
+    def __init__(self, limits: EngineLimits, step_cost: StepCost, decoding: list[Sequence]) -> None:
+        self.num_tokens = limits.max_step_tokens
+        self._step_cost = step_cost
+        self._cost: float | None = None
+        self._has_prompt = False
+        if decoding and limits.prefill_slowdown is not None:
+            alone = step_cost.of_streams([len(sequence.ids) for sequence in decoding])
+            self._cost = (limits.prefill_slowdown - 1) * alone
+
+    def tokens_for(self, start: int, num_pending: int) -> int:
+        """How many tokens from `start` on fit. The first prompt asked for gets one whatever it costs, so it ends."""
+        num_tokens = min(num_pending, self.num_tokens)
+        if self._cost is None:
+            return num_tokens
+        return min(num_tokens, max(self._step_cost.prompt_tokens_within(self._cost, start), not self._has_prompt))
+
+    def take(self, start: int, num_tokens: int) -> None:
+        self.num_tokens -= num_tokens
+        self._has_prompt = True
+        if self._cost is not None:
+            self._cost -= self._step_cost.of_prompt(start, num_tokens)
+
+
 class Scheduler:
-    def __init__(self, allocator: BlockAllocator, limits: EngineLimits) -> None:
+    """step_cost: of the model that runs the steps; without one, attention counts nothing."""
+
+    def __init__(self, allocator: BlockAllocator, limits: EngineLimits, step_cost: StepCost | None = None) -> None:
         self.allocator = allocator
         self.limits = limits
+        self.step_cost = step_cost or StepCost(position_share=0.0)
         self.waiting: list[Sequence] = []  # by arrival, like `running`: oldest first
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.num_awaiting_prefix = 0  # of those waiting: there is room, but their beginning is just being computed
+        # Of those waiting: the cache has room, but their beginning is just being computed, or the step is full.
+        self.num_awaiting_turn = 0
 
     @property
     def has_work(self) -> bool:
@@ -88,19 +124,23 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step, oldest sequence first; blocks for every planned token are allocated on return."""
         chunks: list[Chunk] = []
-        budget = self.limits.max_step_tokens
         num_preemptions = self.num_preemptions
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
-        for sequence in (*decoding, *prefilling):
-            num_tokens = min(sequence.num_pending, budget)
+        room = _Room(self.limits, self.step_cost, decoding)
+        for sequence in decoding:
+            if room.num_tokens > 0 and self._reserve(sequence, 1):
+                chunks.append(Chunk(sequence, sequence.num_cached, 1))
+                room.num_tokens -= 1
+        for sequence in prefilling:
+            num_tokens = room.tokens_for(sequence.num_cached, sequence.num_pending)
             if num_tokens > 0 and self._reserve(sequence, num_tokens):
                 chunks.append(Chunk(sequence, sequence.num_cached, num_tokens))
-                budget -= num_tokens
-        self.num_awaiting_prefix = 0
+                room.take(sequence.num_cached, num_tokens)
+        self.num_awaiting_turn = 0
         # A sequence preempted in this step waits for the next one: its old chunk must not meet its new blocks.
         if self.num_preemptions == num_preemptions:
-            chunks += self._admit(budget)
+            chunks += self._admit(room)
         # A sequence planned early in this step may have lost its blocks to an older one planned after it.
         chunks = self._add_guesses([chunk for chunk in chunks if chunk.sequence.blocks])
         return sorted(chunks, key=lambda chunk: chunk.sequence.arrival)
@@ -116,28 +156,36 @@ class Scheduler:
         sequence.num_cached += num_guessed
         self._offer(sequence)
 
-    def _admit(self, budget: int) -> list[Chunk]:
+    def _admit(self, room: _Room) -> list[Chunk]:
         """Begin waiting sequences while they fit whole, beside what those that run will need."""
         chunks: list[Chunk] = []
-        for sequence in list(self.waiting):
+        waiting = list(self.waiting)
+        for index, sequence in enumerate(waiting):
             # Those that run have had a token each of this step's: there are never more of them than a step has tokens.
-            if budget < 1 or len(self.running) >= self.limits.max_running:
+            if len(self.running) >= self.limits.max_running:
+                break
+            if room.num_tokens < 1:
+                self.num_awaiting_turn += len(waiting) - index
                 break
             prefix = self._find_prefix(sequence)
             if self._is_being_computed(sequence, len(prefix)):
-                self.num_awaiting_prefix += 1
+                self.num_awaiting_turn += 1
                 continue
             # A block that somebody holds already costs nothing.
             num_shared = sum(self.allocator.num_holders(block) > 0 for block in prefix)
             needed = blocks_for(len(sequence.ids) + 1) - num_shared
             if self.running and needed > self.allocator.num_available - self._num_promised():
                 break
+            start = len(prefix) * BLOCK_SIZE
+            num_tokens = room.tokens_for(start, len(sequence.ids) - start)
+            if num_tokens < 1:
+                self.num_awaiting_turn += len(waiting) - index
+                break
             self._begin(sequence, prefix)
-            num_tokens = min(sequence.num_pending, budget)
             if not self._reserve(sequence, num_tokens):
                 break
-            chunks.append(Chunk(sequence, sequence.num_cached, num_tokens))
-            budget -= num_tokens
+            chunks.append(Chunk(sequence, start, num_tokens))
+            room.take(start, num_tokens)
         return chunks
 
     def _add_guesses(self, chunks: list[Chunk]) -> list[Chunk]:

@@ -42,6 +42,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 256
+    prefill_slowdown: float = 2.5
     compute_threads: int | None = None
     log_format: str = "text"
     log_level: int = 20

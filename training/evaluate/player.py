@@ -32,7 +32,7 @@ EnginePrecision: TypeAlias = Literal["bfloat16", "float32"]
 Request = TypeVar("Request", GenerateRequest, ScoreRequest)
 
 # An evaluation submits whole prompt sets at once: the queue's bound protects servers, not this.
-_LIMITS = EngineLimits(max_running=64, max_waiting=1_000_000, max_step_tokens=512)
+_LIMITS = EngineLimits(max_running=64, max_waiting=1_000_000, max_step_tokens=512, prefill_slowdown=None)
 
 
 @dataclass(frozen=True, slots=True)

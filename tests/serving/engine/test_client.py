@@ -228,9 +228,7 @@ async def test_sequences_that_wait_for_a_beginning_do_not_make_the_queue_full() 
         stats = client.stats
         assert stats is not None
         for num_awaiting, is_refused in ((1, False), (0, True)):
-            client.stats = msgspec.structs.replace(
-                stats, num_running=1, num_waiting=1, num_awaiting_prefix=num_awaiting
-            )
+            client.stats = msgspec.structs.replace(stats, num_running=1, num_waiting=1, num_awaiting_turn=num_awaiting)
             if is_refused:
                 with pytest.raises(QueueFull):
                     client.submit(generate("other"))

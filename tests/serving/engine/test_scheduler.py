@@ -13,6 +13,7 @@ from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import GenerateRequest, PoolRequest, SamplingParams, ScoreRequest, TokenLogprob
 from serving.engine.scheduler import Chunk, EngineLimits, Scheduler
 from serving.engine.sequence import Sequence
+from serving.engine.step_cost import StepCost
 
 pytestmark = pytest.mark.unit
 
@@ -215,8 +216,67 @@ def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
     assert len(scheduler.plan()) == 4
 
 
+def steps_of_prompt(scheduler: Scheduler, contexts: list[int], prompt: int) -> list[tuple[float, int]]:
+    """Of every step until a long prompt is computed: its cost over the streams' alone, and its tokens of the prompt."""
+    streams = [sequence_of(number, [number] * length) for number, length in enumerate(contexts)]
+    for sequence in streams:
+        scheduler.add(sequence)
+    while any(sequence.num_pending for sequence in streams):
+        scheduler.commit(scheduler.plan())
+    long = sequence_of(100, [100] * prompt)
+    scheduler.add(long)
+    found: list[tuple[float, int]] = []
+    while long.num_pending:
+        for sequence in streams:
+            sequence.ids.append(1)
+        chunks = scheduler.plan()
+        assert [chunk.sequence for chunk in chunks] == [*streams, long]
+        alone = scheduler.step_cost.of_streams([len(sequence.ids) for sequence in streams])
+        added = scheduler.step_cost.of_prompt(chunks[-1].start, chunks[-1].num_tokens)
+        found.append((1 + added / alone, chunks[-1].num_tokens))
+        scheduler.commit(chunks)
+    return found
+
+
+@pytest.mark.parametrize("num_streams", [1, 8, 60])
+def test_a_prompt_beside_streams_stays_within_the_limit_and_uses_it(num_streams: int) -> None:
+    limits = EngineLimits(max_step_tokens=1000, prefill_slowdown=2.5)
+    scheduler = Scheduler(BlockAllocator(1000), limits, StepCost(position_share=1e-5))
+    steps = steps_of_prompt(scheduler, [20] * num_streams, 3000)
+    assert all(ratio <= 2.5 for ratio, _ in steps)
+    assert all(ratio > 2.2 for ratio, _ in steps[:-1])
+
+
+def test_more_streams_and_longer_ones_leave_a_prompt_more_tokens_a_step_and_depth_fewer() -> None:
+    def steps(contexts: list[int]) -> list[int]:
+        scheduler = Scheduler(BlockAllocator(2000), EngineLimits(), StepCost(position_share=3e-4))
+        return [num_tokens for _, num_tokens in steps_of_prompt(scheduler, contexts, 2000)]
+
+    assert steps([20])[0] < steps([20] * 8)[0] < steps([2000] * 8)[0]
+    assert steps([20] * 8)[:-1] == sorted(steps([20] * 8)[:-1], reverse=True)
+
+
+@pytest.mark.parametrize("position_share", [0.0, 0.01, 1e9])
+def test_a_long_prompt_advances_every_step_whatever_it_costs(position_share: float) -> None:
+    limits = EngineLimits(prefill_slowdown=1.001)
+    scheduler = Scheduler(BlockAllocator(200), limits, StepCost(position_share))
+    assert len(steps_of_prompt(scheduler, [20, 20], 500)) <= 500
+
+
+def test_without_streams_or_without_a_limit_a_prompt_takes_whole_steps() -> None:
+    alone = Scheduler(BlockAllocator(200), EngineLimits(), StepCost(0.01))
+    assert [num_tokens for _, num_tokens in steps_of_prompt(alone, [], 600)] == [256, 256, 88]
+    free = Scheduler(BlockAllocator(200), EngineLimits(prefill_slowdown=None), StepCost(0.01))
+    assert [num_tokens for _, num_tokens in steps_of_prompt(free, [20] * 6, 600)] == [250, 250, 100]
+
+
+def test_a_limit_that_leaves_prompts_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="prefill_slowdown must be above 1, got 1"):
+        EngineLimits(prefill_slowdown=1.0)
+
+
 def test_a_preempted_sequence_comes_back_to_the_blocks_that_nobody_needed() -> None:
-    scheduler = Scheduler(BlockAllocator(6), EngineLimits())
+    scheduler = Scheduler(BlockAllocator(6), EngineLimits(prefill_slowdown=None))
     older, younger = sequence_of(1, [1] * 15), sequence_of(2, [2] * 40)
     scheduler.add(older)
     scheduler.add(younger)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -132,6 +133,31 @@ def test_between_two_tokens_of_a_stream_there_is_one_step_whatever_prompts_come(
     assert all(f"long{number}" in log.steps_of for number in range(num_long))
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("num_streams", [1, 8])
+def test_a_long_prompt_beside_streams_ends_in_bounded_steps_and_changes_nobody(
+    num_streams: int, *, prefix_cache: bool
+) -> None:
+    """One token a step is the least that it gets; what comes after it has its turn, too."""
+    engine = engine_of(num_blocks=256, prefix_cache=prefix_cache)
+    requests = [generate(f"s{i}", prompt_of(4, seed=i), 230, temperature=i % 2) for i in range(num_streams)]
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    engine.step()
+    requests += [generate("long", prompt_of(200, seed=80), 5), generate("after", prompt_of(20, seed=81), 5)]
+    for request in requests[-2:]:
+        engine.submit(request)
+    log = StepLog()
+    events = run(engine, log)
+    assert 1 < log.steps_of["long"][0] < 200
+    assert log.steps_of["after"][0] <= log.steps_of["long"][0] + 20
+    assert [log.longest_gap(f"s{i}") for i in range(num_streams)] == [1] * num_streams
+    for request in requests[-2:]:
+        assert [tokens(events, request.request_id)] == alone(request)
+    assert engine.stats().num_free_blocks == engine.stats().num_total_blocks
+
+
 @dataclass
 class _Bytes:
     """What the engine reads of a tokenizer."""
@@ -201,13 +227,19 @@ def small_adapter() -> dict[str, torch.Tensor]:
     return {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(16, 2)}
 
 
+def num_open_files() -> int:
+    """Linux: descriptors of this process; elsewhere there is no such folder, and nothing is compared."""
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
 def test_thousands_of_small_requests_leave_nothing_behind() -> None:
     engine, rng = engine_of(num_blocks=14, model=small_model()), random.Random(5)
     engine._tokenizer = cast("ModelTokenizer", _Bytes())
     engine.set_adapter("policy", small_adapter(), 1)
     kinds = (EngineSequence, Detokenizer, Adapter)
     churn(engine, rng, 0, 300)  # what is made once, is made
-    before, objects_before = num_alive(*kinds), num_objects()
+    before, objects_before, files_before = num_alive(*kinds), num_objects(), num_open_files()
     ended: Counter[str] = Counter()
     for turn in range(4):
         engine.set_adapter("policy", small_adapter(), 2 + turn)
@@ -217,6 +249,7 @@ def test_thousands_of_small_requests_leave_nothing_behind() -> None:
     del ended
     assert num_alive(*kinds) == before
     assert num_objects() <= objects_before + 20
+    assert num_open_files() == files_before
     stats, allocator = engine.stats(), engine._scheduler.allocator
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_blocks == stats.num_total_blocks
@@ -254,11 +287,13 @@ async def test_thousands_of_callers_leave_nothing_behind_in_the_client() -> None
 
         await use_many(0, 200)
         before, objects_before = num_alive(EventStream, asyncio.Future, asyncio.Task), num_objects()
+        files_before = num_open_files()
         await use_many(200, 2000)
         assert not client._streams
         assert not client._cancelled_at
         assert num_alive(EventStream, asyncio.Future, asyncio.Task) == before
         assert num_objects() <= objects_before + 50
+        assert num_open_files() == files_before
         assert client.stats is not None
         assert client.stats.num_running == 0
 
