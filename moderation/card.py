@@ -78,7 +78,7 @@ refused; here that share and the recall on the harmful requests of test_user_pro
 |---|---|--:|--:|--:|
 {presets}
 
-`moderation.output.preset` chooses one for answers. An answer is judged some twenty times while it grows, so these have
+`moderation.output.preset` chooses one for answers. An answer is judged many times while it grows, so these have
 thresholds of their own, chosen on half of some 4,000 ordinary answers of sft; here the share of the other half that is
 stopped, and of the hateful passages of test_surge_toxicity (en) and test_cold (zh) as if they were answers.
 

@@ -81,7 +81,7 @@ class Limits:
 class CascadeConfig:
     """config.json of a weights directory that holds `ngram/` and `encoder/`.
 
-    input, output: an answer is judged some twenty times while it grows, a message once: hence limits for each.
+    input, output: an answer is judged many times while it grows, a message once: hence limits for each.
     outputs: names of the encoder's logits that had enough rows to be reported; the others say nothing.
     """
 
