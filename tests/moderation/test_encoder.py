@@ -54,7 +54,10 @@ def unpack_embeddings(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moderation.native_layers.why_not_native", lambda shape: "a test of the plain ones")
+    def refuse(_shape: object) -> str:
+        return "a test of the plain ones"
+
+    monkeypatch.setattr("moderation.native_layers.why_not_native", refuse)
 
 
 def save(network: Network, directory: Path) -> Path:
