@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.matrix import QuantizedMatrix
+from quant.native.large_pages import LargePages
 from quant.native.library import load_library
 from quant.native.packing import BLOCK_OUTPUTS, GROUP_MULTIPLE, CMatrix, by_block, pack_codes
 
@@ -40,7 +41,8 @@ def why_not_native(matrix: QuantizedMatrix) -> str | None:
 class NativeLinear:
     """One matrix as the native kernels read it. Holds what `c_matrix` points to."""
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, memory: LargePages | None = None) -> None:
+        """memory: where the packed weights go, beside other matrices'; pages of their own if absent."""
         reason = why_not_native(matrix)
         if reason is not None:
             raise QuantizationError(f"this matrix cannot take the native product: {reason}")
@@ -50,10 +52,11 @@ class NativeLinear:
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self._call = library.causerie_linear
-        self._codes = torch.from_numpy(pack_codes(matrix.codes.numpy(), matrix.bits))
-        self._scales = _by_block(matrix.scales.to(torch.float16))
+        memory = memory or LargePages()
+        self._codes = torch.from_numpy(memory.copy(pack_codes(matrix.codes.numpy(), matrix.bits)))
+        self._scales = _by_block(matrix.scales.to(torch.float16), memory)
         is_symmetric = bool((matrix.zeros == 1 << (matrix.bits - 1)).all())
-        self._zeros = None if is_symmetric else _by_block(matrix.zeros)
+        self._zeros = None if is_symmetric else _by_block(matrix.zeros, memory)
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self.c_matrix = CMatrix(
             self._codes.data_ptr(),
@@ -84,8 +87,8 @@ class NativeLinear:
         return out
 
 
-def _by_block(values: Tensor) -> Tensor:
-    return torch.from_numpy(by_block(values.numpy()))
+def _by_block(values: Tensor, memory: LargePages) -> Tensor:
+    return torch.from_numpy(memory.copy(by_block(values.numpy())))
 
 
 def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

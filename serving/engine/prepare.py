@@ -29,6 +29,7 @@ from quant.int4_linear import (
     probe_kernel,
 )
 from quant.matrix import concat_rows
+from quant.native.large_pages import LargePages
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
 from serving.engine.native_step import NativeStep, build_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
@@ -116,7 +117,8 @@ def _prepare(
             head_weight = embedding
         else:
             head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
-        layers = [_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)]
+        memory = LargePages()
+        layers = [_prepare_layer(decoder, index, kernel_name, dtype, memory) for index in range(spec.num_layers)]
         return PreparedModel(
             spec=spec,
             layers=layers,
@@ -132,7 +134,9 @@ def _prepare(
         )
 
 
-def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype) -> PreparedLayer:
+def _prepare_layer(
+    decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
+) -> PreparedLayer:
     layer = cast("DecoderLayer", decoder.layers[index])
     attention, mlp, spec = layer.self_attn, layer.mlp, decoder.spec
     after_attention = layer.post_attention_layernorm
@@ -142,7 +146,7 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
         linears = [getattr(owner, name) for name in names]
         prefix = f"model.layers.{index}.{block}"
         parts = tuple((f"{prefix}.{name}", linear.out_features) for name, linear in zip(names, linears, strict=True))
-        return FusedLinear(_fuse(linears, kernel_name, dtype), parts)
+        return FusedLinear(_fuse(linears, kernel_name, dtype, memory), parts)
 
     return PreparedLayer(
         input_norm=prepare_norm(layer.input_layernorm, spec),
@@ -156,11 +160,13 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
     )
 
 
-def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
+def _fuse(
+    linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
+) -> LinearKernel:
     bias = _stack_bias(linears)
     matrices = [linear.matrix for linear in linears if isinstance(linear, QuantizedLinear)]
     if len(matrices) == len(linears) and len({(m.bits, m.group_size) for m in matrices}) == 1:
-        return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
+        return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype, memory=memory)
     weights = [_plain_weight(linear, dtype) for linear in linears]
     return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))
 
