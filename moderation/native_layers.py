@@ -95,6 +95,7 @@ class NativeLayers:
             self._keep(pack_codes(codes, 8)),
             self._keep(by_block(scales)),
             None,
+            None,
             self._keep(matrix.bias),
             ins,
             outs,

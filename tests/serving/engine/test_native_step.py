@@ -194,6 +194,16 @@ def hidden_states(model: PreparedModel, ids: Tensor) -> Tensor:
     return serving_logits(replace(model, head=identity_head), ids, chunk_tokens=1)
 
 
+def test_bytes_of_the_weights_are_counted_where_all_of_them_are_native() -> None:
+    decoder = quantized_decoder(NATIVE_SPEC)
+    head_bytes = NATIVE_SPEC.vocab_size * NATIVE_SPEC.hidden_size
+    counted = prepare(decoder, exact=False).weight_bytes()
+    assert counted is not None
+    linear_weights = sum(out * inputs for out, inputs in prepare(decoder, exact=True).linear_shapes().values())
+    assert linear_weights / 2 + head_bytes < counted < 1.1 * (linear_weights + head_bytes)  # 4 or 8 bits, and scales
+    assert prepare(decoder, exact=True).weight_bytes() is None
+
+
 def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
     model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(30))
     expected = hidden_states(without_native_step(model), ids)
@@ -206,6 +216,7 @@ def test_these_and_the_products_pass_on_the_avx2_code_paths() -> None:
     files = (
         *(str(here), str(here.parent / "test_native_sharing.py"), str(here.parent / "test_int8_kv.py")),
         str(here.parents[2] / "quant" / "native" / "test_linear.py"),
+        str(here.parents[2] / "quant" / "native" / "test_levels.py"),
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
