@@ -66,7 +66,7 @@ def quantize(argv: Sequence[str]) -> int:
     with _progress() as progress:
         source = prepare_source(arguments.model, cache_directory(os.environ), progress)
         report = quantize_directory(source, arguments.out, options, progress)
-    print(_summary(report, arguments.out))
+    print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
     return 0
 
 
@@ -233,14 +233,3 @@ def _progress() -> Generator[ProgressSink]:
             yield bar
     else:
         yield LineProgress(sys.stderr)
-
-
-def _summary(report: QuantizationReport, out: Path) -> str:
-    served = report.served or report.plain
-    return (
-        f"{out}: {report.bits} bits, group size {report.group_size}, {report.quantized_bytes / 1e6:,.0f} MB "
-        f"(source {report.source_bytes / 1e6:,.0f} MB)\n"
-        f"perplexity {report.source_perplexity:.3f} -> {served.perplexity:.3f} "
-        f"({report.perplexity_increase_percent:+.2f} %), top-1 agreement {served.top1_agreement:.1%}, "
-        f"mean KL {served.mean_kl:.4f} nats; details in {out / 'quantization_report.md'}"
-    )

@@ -38,11 +38,12 @@ class MeasurableModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """One model against its source: `mean_kl` is KL(source || model) in nats per token."""
+    """One model against its source, over tokens: KL(source || model) in nats, its mean and its 99th percentile."""
 
     perplexity: float
     top1_agreement: float
     mean_kl: float
+    kl_p99: float
 
 
 class PlainPath:
@@ -82,7 +83,8 @@ class AgreementSum:
     """Collects one model's windows against the source's."""
 
     def __init__(self) -> None:
-        self._log_loss = self._kl = 0.0
+        self._log_loss = 0.0
+        self._kl: list[Tensor] = []  # (tokens,) each
         self._same = self._predicted = self._compared = 0
 
     def add(self, ids: Tensor, source_log_probs: Tensor, logits: Tensor) -> None:
@@ -93,13 +95,15 @@ class AgreementSum:
         self._same += int((log_probs.argmax(1) == source_log_probs.argmax(1)).sum())
         self._compared += ids.shape[0]
         torch.sub(source_log_probs, log_probs, out=log_probs)
-        self._kl += float((log_probs * source_log_probs.exp()).sum(1).clamp_min_(0).sum(dtype=torch.float64))
+        self._kl.append((log_probs * source_log_probs.exp()).sum(1).clamp_min_(0))
 
     def result(self) -> Agreement:
+        kl = torch.cat(self._kl).to(torch.float64)
         return Agreement(
             perplexity=math.exp(self._log_loss / self._predicted),
             top1_agreement=self._same / self._compared,
-            mean_kl=self._kl / self._compared,
+            mean_kl=float(kl.mean()),
+            kl_p99=float(kl.sort().values[math.ceil(0.99 * kl.numel()) - 1]),
         )
 
 

@@ -49,7 +49,7 @@ from quant.model_directory import (
 )
 from quant.progress import ProgressSink
 from quant.quantize_model import quantize_layers
-from quant.report import QuantizationReport, write_report
+from quant.report import QuantizationReport, TextComparison, write_report
 
 HELD_OUT_TOKENS = 16_384
 HELD_OUT_SEQ_LEN = 512
@@ -134,13 +134,11 @@ def quantize_with(
             eight_bit=options.eight_bit,
             group_size=layers[0].linears[0].group_size,
             symmetric=options.gptq.symmetric,
-            act_order=options.gptq.act_order,
+            act_order="static" if options.gptq.act_order else "none",
             damp=options.gptq.damp,
+            calibration=text.files[0],
             calibration_tokens=text.calibration.numel(),
-            held_out_tokens=text.held_out.numel(),
-            source_perplexity=source_perplexity,
-            plain=plain,
-            served=served,
+            texts=(_comparison(text, source_perplexity, plain, served),),
             layers=layers,
             source_bytes=_weight_bytes(source),
             quantized_bytes=_weight_bytes(directory),
@@ -148,6 +146,8 @@ def quantize_with(
             total_seconds=time.monotonic() - started,
             peak_memory_bytes=peak_memory_bytes(),
             largest_logit_difference=difference,
+            range_search=options.gptq.range_search,
+            seed=options.seed,
         )
         _refuse_bad_quality(report, options.max_perplexity_increase)
         write_report(directory, report)
@@ -259,6 +259,11 @@ def _measure(
     return perplexity, agreements[0], agreements[1] if len(agreements) > 1 else None
 
 
+def _comparison(text: _Text, source_perplexity: float, plain: Agreement, served: Agreement | None) -> TextComparison:
+    file = text.files[1]
+    return TextComparison(file.name, file.sha256, text.held_out.numel(), source_perplexity, plain, served)
+
+
 def _refuse_bad_quality(report: QuantizationReport, limit: float | None) -> None:
     increase = report.perplexity_increase_percent
     if limit is not None and not increase <= limit:
@@ -284,10 +289,10 @@ def _manifest(
         "seq_len": options.seq_len,
     }
     metrics: dict[str, JsonValue] = {
-        "source_perplexity": report.source_perplexity,
-        "perplexity": report.plain.perplexity,
-        "top1_agreement": report.plain.top1_agreement,
-        "mean_kl": report.plain.mean_kl,
+        "source_perplexity": report.texts[0].source_perplexity,
+        "perplexity": report.texts[0].plain.perplexity,
+        "top1_agreement": report.texts[0].plain.top1_agreement,
+        "mean_kl": report.texts[0].plain.mean_kl,
         "perplexity_increase_percent": report.perplexity_increase_percent,
     }
     return Manifest(

@@ -46,6 +46,15 @@ def test_agreement_worked_out_by_hand() -> None:
     first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
     assert agreement.mean_kl == pytest.approx((first + second) / 2)
+    assert agreement.kl_p99 == pytest.approx(max(first, second))
+
+
+def test_the_99th_percentile_leaves_out_one_token_of_a_hundred() -> None:
+    source = torch.full((100, 2), 0.5).log()
+    other = torch.tensor([[0.5, 0.5]] * 98 + [[0.7, 0.3], [0.999, 0.001]]).log()
+    total = AgreementSum()
+    total.add(torch.zeros(100, dtype=torch.int64), source, other)
+    assert total.result().kl_p99 == pytest.approx(0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3), rel=1e-4)
 
 
 def test_a_model_agrees_wholly_with_itself() -> None:

@@ -118,7 +118,7 @@ def test_report_and_manifest_say_what_was_done_and_what_it_cost(tmp_path: Path) 
 
 def test_without_a_serving_path_the_plain_one_is_reported(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
-    assert quantize(source, out, serves=False).served is None
+    assert quantize(source, out, serves=False).texts[0].served is None
     assert "as served" not in (out / "quantization_report.md").read_text()
 
 
