@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.matrix import QuantizedMatrix
+from quant.matrix import QuantizedMatrix, have_equal_groups
 
 T = TypeVar("T")
 
@@ -137,12 +137,12 @@ class CheckpointNames:
         return members
 
     def _fuse_grid(self, stored: str, parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-        grids = sorted({(part.bits, part.group_size) for part in parts})
-        if len(grids) > 1:
+        if not have_equal_groups(parts):
+            grids = sorted({(part.bits, part.group_size) for part in parts})
             found = " and ".join(f"{bits} bits in groups of {size}" for bits, size in grids)
             raise CheckpointError(
                 f"{stored} joins q, k and v in one linear, which has one grid; they are quantised to {found}. "
-                "Give q_proj, k_proj and v_proj of a layer the same bits and group size"
+                "Give q_proj, k_proj and v_proj of a layer the same bits, group size and order of inputs"
             )
         return _map_rows(parts, self.fuse)
 

@@ -10,16 +10,23 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import gptq_settings, is_packed_tensor, iterate_quantized_linears
+from quant.formats.autogptq import (
+    QUANTIZE_CONFIG_FILE,
+    gptq_settings,
+    is_packed_tensor,
+    iterate_quantized_linears,
+    read_json,
+)
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.formats.safetensors_header import check_safetensors
 from quant.int4_linear import QuantizedLinear
 from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
@@ -118,26 +125,53 @@ def save_decoder(decoder: Decoder, directory: Path, config: Mapping[str, object]
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded checkpoint or from the one file there is."""
+    """Which file holds each tensor, from the index of a sharded checkpoint or from the one file there is.
+
+    Names are those on disk. Raises CheckpointError for files whose headers do not describe them.
+    """
     index = directory / INDEX_FILE
     if index.exists():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map must map tensor names to files")
-        return {
+        file_of_tensor = {
             str(name): _shard_path(directory, str(file))
             for name, file in cast("dict[object, object]", weight_map).items()
         }
+        headers = {path: check_safetensors(path) for path in sorted(set(file_of_tensor.values()))}
+        for name, path in file_of_tensor.items():
+            if name not in headers[path].tensors:
+                raise CheckpointError(f"{path} lacks {name}, which {INDEX_FILE} says it holds")
+        return file_of_tensor
+    path = _only_file(directory)
+    return dict.fromkeys(check_safetensors(path).tensors, path)
+
+
+def _only_file(directory: Path) -> Path:
+    """The file of a checkpoint that is not sharded, under the usual name or the one that AutoGPTQ gives it."""
     path = directory / WEIGHTS_FILE
-    if not path.exists():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        hint = f"; {pickled[0]} is pickled, which is never read: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    named_by_autogptq = sorted(directory.glob("gptq_model*.safetensors"))
+    if path.exists() or not named_by_autogptq:
+        return path if path.exists() else _refuse_without_weights(directory)
+    if len(named_by_autogptq) > 1:
+        names = ", ".join(file.name for file in named_by_autogptq)
+        raise CheckpointError(f"{directory} holds several quantised models: {names}; keep one of them")
+    return named_by_autogptq[0]
+
+
+def _refuse_without_weights(directory: Path) -> NoReturn:
+    absent = f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if not pickled:
+        raise CheckpointError(absent)
+    config = read_json(directory / CONFIG_FILE)
+    if config.get("quantization_config") is None and not (directory / QUANTIZE_CONFIG_FILE).is_file():
+        raise CheckpointError(f"{absent}; {pickled[0]} is pickled, which is never read: convert it to safetensors")
+    raise CheckpointError(
+        f"{absent}; {pickled[0]} is a pickled GPTQ file, which is never read, since opening one runs its author's "
+        "code: quantise the source model with `causerie quantize`, or have the tool that wrote the file write it "
+        "again with use_safetensors=True"
+    )
 
 
 def _shard_path(directory: Path, name: str) -> Path:
@@ -182,20 +216,19 @@ def _read_tensors(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as source:
-            for name, place in places.items():
-                tensor: Tensor = source.get_tensor(place.stored)
-                if place.part is not None:
-                    tensor = names.take_part(tensor, place.part)
-                if tensor.shape != expected[name].shape:
-                    found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-                    raise CheckpointError(f"{file}: {name} is {found}; config.json makes it {wanted}")
-                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise CheckpointError(f"{file}: {name} is {tensor.dtype}; float32, float16 and bfloat16 are read")
-                tensors[name] = tensor.to(dtype)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    with safe_open(file, framework="pt") as source:
+        for name, place in places.items():
+            tensor: Tensor = source.get_tensor(place.stored)
+            if place.part is not None:
+                tensor = names.take_part(tensor, place.part)
+            if tensor.shape != expected[name].shape:
+                found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+                raise CheckpointError(f"{file}: {place.stored} is {found}; config.json makes it {wanted}")
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise CheckpointError(
+                    f"{file}: {place.stored} is {tensor.dtype}; float32, float16 and bfloat16 are read"
+                )
+            tensors[name] = tensor.to(dtype)
     return tensors
 
 
