@@ -85,8 +85,9 @@ def _bloom(**options: Any) -> PreTrainedModel:
 
 
 def _gpt_neox(**options: Any) -> PreTrainedModel:
-    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**sizes, "rotary_pct": 0.25, **options}))
+    values: dict[str, Any] = {**SIZES, "rotary_pct": 0.25, **options}
+    del values["num_key_value_heads"]
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**values))
 
 
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
