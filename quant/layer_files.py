@@ -22,7 +22,7 @@ import torch
 
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import PACKED_SUFFIXES, pack_linear, parse_settings, unpack_linear
-from quant.formats.autogptq_check import stored_weight
+from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
 from quant.formats.checkpoint_names import CheckpointNames
 from quant.formats.tensor_files import TensorFile, held, write_tensors
 from quant.matrix import QuantizedMatrix
@@ -82,8 +82,8 @@ class WorkDirectory:
             for part, tensor in pack_linear(matrix).items()
         ]
         write_tensors(partial, tensors, {"format": "pt", "report": json.dumps(asdict(report))})
-        for name, matrix in stored.items():
-            _require_equal(partial, name, matrix)
+        for name, matrix in matrices.items():
+            self._require_equal(partial, name, matrix)
         partial.replace(path)
 
     def report(self, index: int) -> LayerReport:
@@ -105,6 +105,19 @@ class WorkDirectory:
             self._names.stored(linear.name).name: LinearChoice(linear.bits, linear.group_size)
             for linear in self.report(index).linears
         }
+
+    def _require_equal(self, file: Path, name: str, matrix: QuantizedMatrix) -> None:
+        """Whether independent code makes of the file exactly the weight that was quantised."""
+        place = self._names.stored(name)
+        weight = stored_weight(file, place.name)
+        if place.part is not None:
+            weight = rows_of_head_parts(weight, place.part, self._names.head_dim)
+        difference = float((torch.from_numpy(weight) - matrix.dequantize()).abs().max())
+        if difference != 0.0:
+            raise CheckpointError(
+                f"{name}: the written file does not read back as what was quantised: weights differ by up to "
+                f"{difference:.2g}; nothing was published. Please report this"
+            )
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -163,16 +176,6 @@ def full_disk_named(out: Path, work: WorkDirectory, num_layers: int) -> Generato
             f"{out.name}. {work.num_done(num_layers)} of {num_layers} layers are kept in {work.path}: free some space "
             "and give the same command again to go on from there"
         ) from error
-
-
-def _require_equal(file: Path, name: str, matrix: QuantizedMatrix) -> None:
-    """Whether independent code makes of the file exactly the weight that was quantised."""
-    difference = (torch.from_numpy(stored_weight(file, name)) - matrix.dequantize()).abs().max()
-    if not float(difference) == 0.0:
-        raise CheckpointError(
-            f"{name}: the written file does not read back as what was quantised: weights differ by "
-            f"{float(difference):.2g}; nothing was published. Please report this"
-        )
 
 
 def _report_from_json(text: str) -> LayerReport:
