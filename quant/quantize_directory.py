@@ -27,7 +27,7 @@ from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, settle_group_size
-from quant.measure import WindowLogits, PlainPaths, carry_paths, compare
+from quant.measure import PlainPaths, WindowLogits, carry_paths, compare
 from quant.model_directory import (
     JsonValue,
     Manifest,
@@ -176,7 +176,9 @@ def require_same_tensors(directory: Path, layers: Sequence[Path]) -> None:
 
     Raises CheckpointError for a tensor that is missing or differs.
     """
-    written = {name: file for path in directory.glob("*.safetensors") for file in [TensorFile(path)] for name in file.tensors}
+    written = {
+        name: file for path in directory.glob("*.safetensors") for file in [TensorFile(path)] for name in file.tensors
+    }
     for file in map(TensorFile, layers):
         for name in file.tensors:
             if name not in written or not torch.equal(written[name].read(name), file.read(name)):
