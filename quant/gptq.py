@@ -111,8 +111,10 @@ class HessianSum:
 
 
 def choose_group_size(in_sizes: Sequence[int], requested: int | None) -> int:
-    """`requested` if it divides every input size (-1 always does), else QuantizationError with those that do; None takes
-    the largest."""
+    """`requested` if it divides every input size (-1 always does), else QuantizationError with those that do.
+
+    None takes the largest default that divides them all.
+    """
     dividing = [size for size in DEFAULT_GROUP_SIZES if all(inputs % size == 0 for inputs in in_sizes)]
     if requested is not None:
         if requested == WHOLE_ROW or all(inputs % requested == 0 for inputs in in_sizes):

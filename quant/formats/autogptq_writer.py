@@ -1,4 +1,4 @@
-"""Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
+"""Writes a GPTQ model directory in AutoGPTQ's layout: packed linears, everything else as the source has it.
 
 Only float32 becomes float16: of a small model the embeddings would else be most of the file. Tokenizer, chat template
 and generation settings are copied; `config.json` gains `quantization_config`.
@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, pack_linear, read_json
-from quant.gptq import ActOrder, GptqOptions
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, CheckpointFormat, locate_tensors, pack_linear, read_json
+from quant.gptq import WHOLE_ROW, ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 
 WEIGHTS_FILE = "model.safetensors"
@@ -39,20 +39,26 @@ COPIED_FILES = (
 
 
 def write_checkpoint(
-    source: Path, target: Path, matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+    source: Path,
+    target: Path,
+    matrices: Mapping[str, QuantizedMatrix],
+    options: GptqOptions,
+    group_size: int,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
 ) -> None:
     """Fill the existing directory `target`. `matrices` by linear, such as `model.layers.0.mlp.down_proj`.
 
+    group_size: what most matrices have, -1 for one group over all inputs; those that differ are named in the settings
     Raises CheckpointError if the source has no weight for a matrix, or values that float16 cannot hold.
     """
     config = read_json(source / "config.json")
-    settings = quantization_config(matrices, options, group_size)
+    settings = quantization_config(matrices, options, group_size, checkpoint_format)
     tensors = _plain_tensors(source, matrices)
     if any(tensor.dtype is torch.float32 for tensor in tensors.values()):
         tensors = {name: narrowed(name, tensor) for name, tensor in tensors.items()}
         config.update({key: "float16" for key in ("dtype", "torch_dtype") if config.get(key) == "float32"})
     for name, matrix in matrices.items():
-        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
+        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix, checkpoint_format).items()})
     save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(target / "config.json", {**config, "quantization_config": settings})
     _write_json(target / QUANTIZE_CONFIG_FILE, settings)
@@ -62,12 +68,15 @@ def write_checkpoint(
 
 
 def quantization_config(
-    matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+    matrices: Mapping[str, QuantizedMatrix],
+    options: GptqOptions,
+    group_size: int,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
 ) -> dict[str, object]:
-    """Every field that other engines look at. `dynamic` names the linears whose bits differ from the rest."""
+    """Every field that other engines look at. `dynamic` names the linears whose bits or group size differ."""
     settings: dict[str, object] = {
         "quant_method": "gptq",
-        "checkpoint_format": FORMAT_V1,
+        "checkpoint_format": checkpoint_format.value,
         "bits": options.bits,
         "group_size": group_size,
         "sym": options.symmetric,
@@ -80,10 +89,17 @@ def quantization_config(
         "pack_dtype": "int32",
         "meta": {"quantizer": ["causerie"]},
     }
-    other = {name: matrix.bits for name, matrix in matrices.items() if matrix.bits != options.bits}
-    if other:
-        settings["dynamic"] = {f"+:{re.escape(name)}$": {"bits": bits} for name, bits in other.items()}
+    other = {name: _deviation(matrix, options.bits, group_size) for name, matrix in matrices.items()}
+    if any(other.values()):
+        settings["dynamic"] = {f"+:{re.escape(name)}$": changed for name, changed in other.items() if changed}
     return settings
+
+
+def _deviation(matrix: QuantizedMatrix, bits: int, group_size: int) -> dict[str, int]:
+    changed = {} if matrix.bits == bits else {"bits": matrix.bits}
+    if matrix.group_size != (matrix.in_features if group_size == WHOLE_ROW else group_size):
+        changed["group_size"] = matrix.group_size
+    return changed
 
 
 def narrowed(name: str, tensor: Tensor) -> Tensor:

@@ -146,13 +146,13 @@ def test_a_result_worse_than_allowed_is_not_published(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def wrong_zero(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    tensors = pack_linear(matrix)
+def wrong_zero(matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat) -> dict[str, torch.Tensor]:
+    tensors = pack_linear(matrix, checkpoint_format)
     return {**tensors, "qzeros": tensors["qzeros"] + 1}
 
 
-def wrong_order(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    tensors = pack_linear(matrix)
+def wrong_order(matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat) -> dict[str, torch.Tensor]:
+    tensors = pack_linear(matrix, checkpoint_format)
     return {**tensors, "qweight": tensors["qweight"].flip(0)}
 
 
