@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from quant import quantize_directory
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats import autogptq_writer
-from quant.formats.autogptq import gptq_settings, pack_linear
+from quant.formats.autogptq import CheckpointFormat, gptq_settings, pack_linear
 from quant.gptq import ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 from quant.model_directory import read_manifest
