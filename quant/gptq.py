@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.matrix import QuantizedMatrix
+from quant.output_parts import settle_in_parts
 from quant.packing import PACKABLE_BITS
 from quant.refine import CodedColumns, refine
 from quant.scales import MIN_SCALE, storable_scale
@@ -162,11 +163,14 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Gp
     columns = original.t().contiguous()  # (in, out): one input's weights are contiguous
     columns[importance == 0] = 0.0  # never used: any value is right, and 0 costs no range
     order = _order_of_inputs(importance, group_size, options.act_order)
-    inverse_root, damp = inverse_cholesky(hessian[order][:, order], options.damp)
-    coded = _quantize_columns(columns[order], inverse_root, group_size, options)
-    if options.refine_sweeps:
-        coded = refine(columns[order], hessian[order][:, order], coded, options.bits, options.refine_sweeps)
-    matrix = _in_natural_order(coded, order, options)
+    ordered = hessian[order][:, order]
+    inverse_root, damp = inverse_cholesky(ordered, options.damp)
+
+    def settle(part: Tensor) -> CodedColumns:
+        coded = _quantize_columns(part.clone(), inverse_root, group_size, options)
+        return refine(part, ordered, coded, options.bits, options.refine_sweeps) if options.refine_sweeps else coded
+
+    matrix = _in_natural_order(settle_in_parts(settle, columns[order]), order, options)
     return GptqResult(matrix=matrix, error=output_error(original, matrix, hessian), damp=damp)
 
 
