@@ -17,13 +17,15 @@ def main(argv: list[str]) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from quant.commands import stored_dtype
+    from quant.commands import ServingAccess
+    from quant.formats.autogptq import read_json
     from quant.formats.autogptq_writer import write_checkpoint
+    from quant.formats.checkpoint_names import checkpoint_names
     from quant.gptq import ActOrder, GptqOptions
+    from quant.layer_files import WorkDirectory
+    from quant.layer_walk import quantize_to_disk
+    from quant.options import LinearChoice
     from quant.progress import LineProgress
-    from quant.quantize_directory import quantized_matrices
-    from quant.quantize_model import quantize_layers
-    from serving.model.weights import load_decoder
 
     task = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     torch.set_num_threads(task["threads"])
@@ -35,13 +37,17 @@ def main(argv: list[str]) -> None:
         act_order=ActOrder(task["our_act_order"]),
     )
     marks = [time.monotonic()]
-    model = load_decoder(source, dtype=stored_dtype(source))
+    layers = ServingAccess().open(source)
     calibration = load_file(task["calibration"])["ids"]
     marks.append(time.monotonic())
-    quantize_layers(model, calibration, options, LineProgress(sys.stderr))
+    choice = LinearChoice(options.bits, options.group_size)
+    (out / "work").mkdir(parents=True)
+    work = WorkDirectory(out / "work", checkpoint_names(read_json(source / "config.json")))
+    quantize_to_disk(layers, calibration, options, lambda _: choice, work, LineProgress(sys.stderr))
     marks.append(time.monotonic())
-    out.mkdir(parents=True)
-    write_checkpoint(source, out, quantized_matrices(model), options, task["group_size"])
+    files = [work.file(index) for index in range(layers.num_layers)]
+    choices = {name: choice for index in range(layers.num_layers) for name in work.choices(index)}
+    write_checkpoint(source, out, files, choices, options)
     marks.append(time.monotonic())
     stages = {
         name: end - start for name, start, end in zip(("load", "quantize", "save"), marks[:-1], marks[1:], strict=True)

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from quant.formats.autogptq import CheckpointFormat
+from quant.formats.autogptq import CheckpointFormat, pack_linear
 from quant.formats.autogptq_writer import write_checkpoint
 from quant.gptq import ActOrder, GptqOptions, quantize_matrix
 from quant.matrix import QuantizedMatrix
+from quant.options import LinearChoice
 from serving.model.weights import load_decoder
 from tests.quant.tiny_models import tiny_ids, write_source
 
@@ -87,9 +88,21 @@ def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in CASES.items():
         (folder / name).mkdir()
         matrices = _quantize(source, case)
-        group_size = case.options.group_size
-        assert group_size is not None
-        write_checkpoint(source, folder / name, matrices, case.options, group_size, case.version)
+        packed = {
+            f"{linear}.{part}": tensor
+            for linear, matrix in matrices.items()
+            for part, tensor in pack_linear(matrix, case.version).items()
+        }
+        save_file(packed, folder / f"{name}.safetensors")
+        choices = {linear: LinearChoice(matrix.bits, case.options.group_size) for linear, matrix in matrices.items()}
+        write_checkpoint(
+            source,
+            folder / name,
+            [folder / f"{name}.safetensors"],
+            choices,
+            case.options,
+            checkpoint_format=case.version,
+        )
     return folder
 
 
