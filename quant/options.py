@@ -24,6 +24,8 @@ class QuantizeOptions:
     eight_bit:     linears that get 8 bits in every layer, such as `down_proj`, whatever the others get
     choices:       bits and group size of single linears by their full names; they come before everything else
     measures_prose: whether the second held-out text is measured too, and not only the conversations
+    measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
+                   takes no more than the rest may
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -35,6 +37,7 @@ class QuantizeOptions:
     max_perplexity_increase: float | None = None
     choices: Mapping[str, LinearChoice] = field(default_factory=dict[str, LinearChoice])
     measures_prose: bool = True
+    measures_serving: bool | None = None
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""

@@ -27,7 +27,7 @@ from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, settle_group_size
-from quant.measure import WindowLogits, PlainPaths, carry_paths, compare
+from quant.measure import PlainPaths, WindowLogits, carry_paths, compare
 from quant.model_directory import (
     JsonValue,
     Manifest,
@@ -38,6 +38,7 @@ from quant.model_directory import (
     write_manifest,
 )
 from quant.options import LinearChoice, QuantizeOptions
+from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
 from quant.report import QuantizationReport, TextComparison, write_report
@@ -104,7 +105,7 @@ def quantize_with(
     """
     started = time.monotonic()
     _refuse_unusable(source, out)
-    run = _prepare(access, source, options, progress)
+    run = _prepare(access, source, out, options, progress)
     names = checkpoint_names(read_json(source / "config.json"))
     with open_work(out, run.mark, names) as work:
         _mention_other_works(out, run.mark)
@@ -137,10 +138,11 @@ def _refuse_unusable(source: Path, out: Path) -> None:
         raise QuantizationError(f"{out} exists and is not empty; give the name of a new directory")
 
 
-def _prepare(access: ModelAccess, source: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
+def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
     texts = prepare_texts(access.encoder(source), options)
     layers = access.open(source)
-    settled = replace(options, gptq=settle_group_size(layers, options.gptq))
+    plan = require_room(layers, options, out)
+    settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
     return _Run(access, source, hash_directory(source), layers, settled, texts, progress)
 
 
@@ -176,7 +178,9 @@ def require_same_tensors(directory: Path, layers: Sequence[Path]) -> None:
 
     Raises CheckpointError for a tensor that is missing or differs.
     """
-    written = {name: file for path in directory.glob("*.safetensors") for file in [TensorFile(path)] for name in file.tensors}
+    written = {
+        name: file for path in directory.glob("*.safetensors") for file in [TensorFile(path)] for name in file.tensors
+    }
     for file in map(TensorFile, layers):
         for name in file.tensors:
             if name not in written or not torch.equal(written[name].read(name), file.read(name)):
@@ -195,7 +199,7 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     paths = carry_paths(
         run.layers, result, choices, run.options.gptq, windows, run.progress, "Measuring source and result"
     )
-    serve = run.access.serving_logits(directory)
+    serve = run.access.serving_logits(directory) if run.options.measures_serving else None
     compared: list[TextComparison] = []
     for text, first in zip(run.texts.held_out, _first_windows(run.texts.held_out), strict=True):
         compared.append(_compare_text(text, first, paths, serve, run.progress))

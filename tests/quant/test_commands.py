@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import texts
+from quant import quantize_directory, texts
 from quant.commands import ServingAccess, quantize, stored_dtype
 from quant.errors import QuantizationError
 from serving.cli import main
