@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quant.measure import MeasurableModel, WindowLogits
     from quant.progress import ProgressSink
     from quant.quantize_directory import QuantizeOptions
-    from quant.report import QuantizationReport
+    from quant.report import DecodeSpeed, QuantizationReport
 
 DESCRIPTION = """\
 Quantise a model's linears to 4 (or 8) bits with GPTQ and write a directory that `causerie serve --model OUT` and other
@@ -132,6 +132,11 @@ class ServingAccess:
             return serving_logits(prepared, ids)
 
         return logits
+
+    def decode_speed(self, directory: Path) -> DecodeSpeed:
+        from serving.engine.decode_speed import measure_decode_speed
+
+        return measure_decode_speed(directory)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
