@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, pack_linear, read_json
-from quant.gptq import GptqOptions
+from quant.gptq import ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 
 WEIGHTS_FILE = "model.safetensors"
@@ -71,9 +71,9 @@ def quantization_config(
         "bits": options.bits,
         "group_size": group_size,
         "sym": options.symmetric,
-        # Act-order here keeps its groups in natural order, so the file is an ordinary one without reordering.
-        "desc_act": False,
-        "static_groups": options.act_order,
+        # Static act-order keeps its groups in natural order, so the file is an ordinary one without reordering.
+        "desc_act": options.act_order is ActOrder.SHUFFLED,
+        "static_groups": options.act_order is ActOrder.STATIC,
         "damp_percent": options.damp,
         "true_sequential": True,
         "lm_head": False,

@@ -28,7 +28,7 @@ from quant.int4_linear import (
     build_kernel,
     probe_kernel,
 )
-from quant.matrix import concat_rows
+from quant.matrix import concat_rows, have_equal_groups
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
 from serving.engine.native_step import NativeStep, build_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
@@ -159,7 +159,7 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
 def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
     bias = _stack_bias(linears)
     matrices = [linear.matrix for linear in linears if isinstance(linear, QuantizedLinear)]
-    if len(matrices) == len(linears) and len({(m.bits, m.group_size) for m in matrices}) == 1:
+    if len(matrices) == len(linears) and have_equal_groups(matrices):
         return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
     weights = [_plain_weight(linear, dtype) for linear in linears]
     return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))

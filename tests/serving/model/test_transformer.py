@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.errors import CheckpointError
 from serving.model.spec import Norm, Positions, spec_from_config
 from serving.model.transformer import Decoder
 from serving.model.weights import load_decoder
@@ -121,12 +120,6 @@ def test_parameter_names_are_hugging_faces() -> None:
         spec_source["architectures"] = [type(model).__name__]
         decoder = Decoder(spec_from_config(spec_source), device="meta")
         assert dict(decoder.named_parameters()).keys() == dict(model.named_parameters()).keys(), name
-
-
-def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path) -> None:
-    _, decoder = reference_and_decoder("llama", tmp_path)
-    with pytest.raises(CheckpointError, match="Positions 'alibi'"):
-        Decoder(replace(decoder.spec, positions=Positions.ALIBI))
 
 
 def test_rotary_tables_stay_exact_in_a_bfloat16_decoder(tmp_path: Path) -> None:
