@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
+from quant.int4_linear import KernelName
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,15 @@ NF4_BLOCK = 64
 class LoadIn(StrEnum):
     NF4 = "nf4"
     INT8 = "int8"
+
+    @property
+    def kernel_name(self) -> KernelName:
+        return KernelName(f"bitsandbytes_{self.value}")
+
+
+def load_in_of(name: KernelName) -> LoadIn | None:
+    """The other way round; None for a kernel that is not bitsandbytes'."""
+    return next((load_in for load_in in LoadIn if load_in.kernel_name is name), None)
 
 
 class Nf4Kernel:

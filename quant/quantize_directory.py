@@ -134,7 +134,7 @@ def quantize_with(
             eight_bit=options.eight_bit,
             group_size=layers[0].linears[0].group_size,
             symmetric=options.gptq.symmetric,
-            act_order="static" if options.gptq.act_order else "none",
+            act_order=options.gptq.act_order.value,
             damp=options.gptq.damp,
             calibration=text.files[0],
             calibration_tokens=text.calibration.numel(),
