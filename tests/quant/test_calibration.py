@@ -42,7 +42,7 @@ def test_conversations_and_texts_are_read_from_json_lines(tmp_path: Path) -> Non
         (
             "c.jsonl",
             '{"messages": [{"role": "robot", "content": "x"}]}',
-            "1 has the role 'robot'; roles are system, user",
+            "has the role 'robot'; roles are system, user",
         ),
         ("c.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}', r"has the role \['user'\]"),
         ("c.jsonl", '{"text": "a"}\n{"messages": ["x"]}', "line 2: message 1 is str"),
