@@ -6,10 +6,12 @@ would is refused by name. `merge_adapter` writes a whole model directory; the ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -76,6 +78,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged model on disk. `parents`: the base and the adapter."""
+
+    directory: Path
+    parents: tuple[Parent, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """An update of one weight: `down` (rank, in) is peft's A, `up` (out, rank) its B."""
 
@@ -132,6 +142,22 @@ def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) 
             _merge_file(base / file, names, update, directory / file)
         progress.update(_MERGE_STAGE, len(shards), len(shards))
         write_manifest(directory, _manifest(base, update))
+
+
+@contextlib.contextmanager
+def merged_for_a_while(base: Path, adapter: Path, beside: Path, progress: ProgressSink) -> Generator[Merged]:
+    """The merged model in a temporary directory next to `beside`, on whose disk there must be room for it.
+
+    Raises as `merge_adapter` does.
+    """
+    parent = beside.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged-", dir=parent) as folder:
+        directory = Path(folder) / f"{base.name}+{adapter.name}"
+        merge_adapter(base, adapter, directory, progress)
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        yield Merged(directory, manifest.parents)
 
 
 def read_adapter(directory: Path) -> Adapter:

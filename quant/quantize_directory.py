@@ -62,6 +62,7 @@ class QuantizeOptions:
     """`calibration` None is the text that comes with the package. `max_perplexity_increase` in percent.
 
     `eight_bit` names linears that get 8 bits in every layer, such as `down_proj`, whatever the others get.
+    `merged_from` is base and adapter of a source that was merged for this run only: the result's parents.
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -71,6 +72,7 @@ class QuantizeOptions:
     seq_len: int = 512
     seed: int = 0
     max_perplexity_increase: float | None = None
+    merged_from: tuple[Parent, ...] = ()
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""
@@ -129,7 +131,7 @@ def quantize_with(
         difference = check_read_back(model, directory, text.held_out[:1], progress)
         source_perplexity, plain, served = _measure(access, model, directory, text.held_out, before, progress)
         report = QuantizationReport(
-            source=_name(source),
+            source=options.merged_from[0].name if options.merged_from else _name(source),
             bits=options.gptq.bits,
             eight_bit=options.eight_bit,
             group_size=layers[0].linears[0].group_size,
@@ -148,6 +150,7 @@ def quantize_with(
             largest_logit_difference=difference,
             range_search=options.gptq.range_search,
             seed=options.seed,
+            adapter=options.merged_from[1].name if options.merged_from else None,
         )
         _refuse_bad_quality(report, options.max_perplexity_increase)
         write_report(directory, report)
@@ -297,7 +300,7 @@ def _manifest(
     }
     return Manifest(
         stage="quantize",
-        parents=(Parent(_name(source), hash_directory(source)),),
+        parents=options.merged_from or (Parent(_name(source), hash_directory(source)),),
         data=text.files,
         config=config,
         seed=options.seed,
