@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.calibration import Encoder, Row
-    from quant.measure import MeasurableModel, WindowLogits
+    from quant.layer_source import LayerSource
+    from quant.measure import WindowLogits
     from quant.progress import ProgressSink
     from quant.quantize_directory import QuantizeOptions
     from quant.report import DecodeSpeed, QuantizationReport
@@ -97,10 +98,10 @@ def quantize_directory(source: Path, out: Path, options: QuantizeOptions, progre
 class ServingAccess:
     """`quant.quantize_directory.ModelAccess` by means of the `serving` package."""
 
-    def load(self, directory: Path) -> MeasurableModel:
-        from serving.model.weights import load_decoder
+    def open(self, directory: Path) -> LayerSource:
+        from serving.model.layer_source import DirectoryLayers
 
-        return load_decoder(directory, dtype=stored_dtype(directory))
+        return DirectoryLayers(directory)
 
     def encoder(self, directory: Path) -> Encoder:
         """Conversations through the chat format; for a base model, their texts one after another."""

@@ -92,7 +92,6 @@ class QuantizationReport:
     source_bytes, quantized_bytes: of the weight files
     source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
     budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
-    largest_logit_difference: between the model in memory and the one read back
     """
 
     source: str
@@ -111,7 +110,6 @@ class QuantizationReport:
     quantize_seconds: float
     total_seconds: float
     peak_memory_bytes: int
-    largest_logit_difference: float
     range_search: bool = True
     head_bits: int | None = None
     embedding_bits: int | None = None

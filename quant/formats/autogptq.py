@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
@@ -83,10 +84,14 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
 
 
 def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Each quantised linear's name (`model.layers.0.self_attn.q_proj`) and matrix, one in memory at a time."""
+    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix.
+
+    One tensor on disk is in memory at a time; a fused one comes as the linears that it is made of.
+    """
     settings = gptq_settings(directory)
     if settings is None:
         raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
+    names = checkpoint_names(read_json(directory / "config.json"))
     file_of_tensor = locate_tensors(directory)
     with ExitStack() as stack:
         # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
@@ -100,7 +105,7 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
                 suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
                 for suffix, full in stored.items()
             }
-            yield linear, unpack_linear(linear, tensors, settings)
+            yield from names.split_matrix(linear, unpack_linear(linear, tensors, settings))
 
 
 def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:

@@ -77,7 +77,6 @@ REPORT = QuantizationReport(
     quantize_seconds=61.0,
     total_seconds=118.0,
     peak_memory_bytes=1_200_000_000,
-    largest_logit_difference=0.0,
     source_speed=DecodeSpeed(1.2, 61.0, 2),
     quantized_speed=DecodeSpeed(0.8, 244.0, 2),
     budget_percent=8.0,
