@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant.options import LinearChoice
 
 from quant.budget import (
     Rung,
@@ -20,6 +19,7 @@ from quant.budget import (
     weight_bytes,
 )
 from quant.errors import QuantizationError
+from quant.options import LinearChoice
 
 pytestmark = pytest.mark.unit
 
