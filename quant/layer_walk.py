@@ -76,7 +76,9 @@ def _settle_layer(source: LayerSource, index: int, walk: CalibrationWalk, work: 
 def matrices_of(layer: nn.Module, prefix: str) -> dict[str, QuantizedMatrix]:
     """The matrix of every quantised linear, by its full name."""
     return {
-        f"{prefix}.{name}": module.matrix for name, module in layer.named_modules() if isinstance(module, QuantizedLinear)
+        f"{prefix}.{name}": module.matrix
+        for name, module in layer.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
 
 

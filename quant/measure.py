@@ -103,9 +103,7 @@ def carry_paths(
     return paths
 
 
-def round_linears(
-    layer: nn.Module, prefix: str, choices: Mapping[str, LinearChoice], options: GptqOptions
-) -> None:
+def round_linears(layer: nn.Module, prefix: str, choices: Mapping[str, LinearChoice], options: GptqOptions) -> None:
     """Give the float32 linears of a layer the weights that rounding to the nearest code would leave, in place."""
     for name, module in layer.named_modules():
         choice = choices.get(f"{prefix}.{name}")

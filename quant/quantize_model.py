@@ -7,9 +7,8 @@ class; where layers come from and go to belongs to `quant.layer_walk`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -26,8 +25,6 @@ from quant.progress import ProgressSink
 QUANTIZE_STAGE = "quantize"
 # Tokens in one forward of one layer. Larger batches gain nothing on a CPU and cost memory.
 BATCH_TOKENS = 4096
-# Below this many outputs a matrix step is too small to share between threads: waiting for them costs more.
-MIN_OUTPUTS_FOR_THREADS = 4096
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 FEED_FORWARD_INPUTS = ("gate_proj", "up_proj")
 
@@ -223,8 +220,7 @@ class CalibrationWalk:
         sizes = [linear.out_features for linear in linears.values()]
         weights = torch.cat([linear.weight.detach().to(torch.float32) for linear in linears.values()])
         options = replace(self._options, bits=choice.bits, group_size=choice.group_size)
-        with _fitting_threads(sum(sizes)):
-            result = quantize_matrix(weights, hessian, options)
+        result = quantize_matrix(weights, hessian, options)
         made: dict[str, tuple[QuantizedLinear, LinearReport]] = {}
         parts = zip(linears.items(), weights.split(sizes), split_rows(result.matrix, sizes), strict=True)
         for (key, linear), weight, matrix in parts:
@@ -321,16 +317,3 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
             f"{name} is a {type(child).__name__}, not a plain linear; is the model quantised already?"
         )
     return child
-
-
-@contextlib.contextmanager
-def _fitting_threads(out_features: int) -> Generator[None]:
-    before = torch.get_num_threads()
-    if out_features >= MIN_OUTPUTS_FOR_THREADS or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, read_json
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, CheckpointFormat, locate_tensors, read_json
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
 from quant.gptq import ActOrder, GptqOptions
@@ -50,6 +50,7 @@ def write_checkpoint(
     choices: Mapping[str, LinearChoice],
     options: GptqOptions,
     *,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fill the existing directory `target`.
@@ -57,10 +58,11 @@ def write_checkpoint(
     layers:  safetensors files with the packed linears, by their names on disk (`CheckpointNames`)
     choices: bits and group size of every linear in them, by the same names
     options: with their group size settled
+    checkpoint_format: the one that `layers` are packed in
     Raises CheckpointError if the source has no weight for a linear, or values that float16 cannot hold.
     """
     config = read_json(source / "config.json")
-    settings = quantization_config(choices, options)
+    settings = quantization_config(choices, options, checkpoint_format)
     plain = _plain_tensors(source, choices, checkpoint_names(config))
     if any(tensor.dtype is torch.float32 for tensor in plain):
         plain = [_narrowed(tensor) for tensor in plain]
@@ -74,11 +76,15 @@ def write_checkpoint(
             shutil.copyfile(source / name, target / name)
 
 
-def quantization_config(choices: Mapping[str, LinearChoice], options: GptqOptions) -> dict[str, object]:
+def quantization_config(
+    choices: Mapping[str, LinearChoice],
+    options: GptqOptions,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+) -> dict[str, object]:
     """Every field that other engines look at. `dynamic` names the linears that differ from the rest."""
     settings: dict[str, object] = {
         "quant_method": "gptq",
-        "checkpoint_format": FORMAT_V1,
+        "checkpoint_format": checkpoint_format.value,
         "bits": options.bits,
         "group_size": options.group_size,
         "sym": options.symmetric,

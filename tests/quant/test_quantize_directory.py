@@ -72,7 +72,7 @@ def test_directory_has_what_serves_it_and_what_others_need_to_load_it(tmp_path: 
 
 def test_float32_embeddings_and_norms_are_written_in_half_the_bytes_and_measured_so(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source", torch.float32, **PALM), tmp_path / "out"
-    report = quantize(source, out)
+    quantize(source, out)
     written, before = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(written[name], before[name].to(torch.float16))
@@ -123,7 +123,7 @@ def test_without_a_serving_path_the_plain_one_is_reported(tmp_path: Path) -> Non
 def test_asymmetric_and_act_order_results_read_back_exactly(tmp_path: Path, symmetric: bool) -> None:
     gptq = GptqOptions(symmetric=symmetric, act_order=ActOrder.STATIC, bits=8)
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
-    report = quantize(source, out, QuantizeOptions(gptq=gptq, samples=8, seq_len=64))
+    quantize(source, out, QuantizeOptions(gptq=gptq, samples=8, seq_len=64))
     assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is False
 
 
