@@ -151,10 +151,10 @@ class ServingAccess:
 
         return logits
 
-    def decode_speed(self, directory: Path) -> DecodeSpeed:
-        from serving.engine.decode_speed import measure_decode_speed
+    def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
+        from serving.engine.decode_speed import measure_in_child
 
-        return measure_decode_speed(directory)
+        return measure_in_child(directories)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -44,7 +44,7 @@ from quant.model_directory import (
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
-from quant.report import BudgetTrial, QuantizationReport, TextComparison, write_report
+from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
 from quant.texts import HeldOut, RunTexts, prepare_texts
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,10 @@ class ModelAccess(Protocol):
 
     def serving_logits(self, directory: Path) -> WindowLogits | None:
         """Logits on the path that serves; None where there is no such path to measure."""
+        ...
+
+    def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
+        """Of the engine on each directory; None for what could not be measured."""
         ...
 
 
@@ -144,6 +148,7 @@ def _quantize_once(run: _Run, out: Path, trials: tuple[BudgetTrial, ...] = ()) -
             texts = _measure(run, layers, directory)
             report = replace(_report(run, layers, texts, directory, quantize_seconds), budget_trials=trials)
             _refuse_bad_quality(report, work)
+            report = _with_speeds(run, report, directory)
             write_report(directory, report)
             write_manifest(directory, _manifest(run, report))
     return report
@@ -343,6 +348,15 @@ def _report(
         adapter=options.merged_from[1].name if options.merged_from else None,
         budget_percent=options.max_perplexity_increase,
     )
+
+
+def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
+    stage = "Measuring how fast it decodes"
+    run.progress.update(stage, 0, 1)
+    before, after = run.access.decode_speeds([run.source, directory])
+    run.progress.update(stage, 1, 1)
+    total_seconds = time.monotonic() - run.started
+    return replace(report, source_speed=before, quantized_speed=after, total_seconds=total_seconds)
 
 
 def _refuse_bad_quality(report: QuantizationReport, work: WorkDirectory) -> None:

@@ -1,25 +1,74 @@
 """How fast one stream decodes in the engine: what the quantisation report says of a model before and after.
 
-A few seconds on one machine, beside whatever else runs there: good for a ratio, not for a benchmark.
+A few seconds on one machine, beside whatever else runs there: good for a ratio, not for a benchmark. `measure_in_child`
+runs `python -m serving.engine.decode_speed DIRECTORY ...`, so that the memory of whole models goes back afterwards.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from quant.errors import CheckpointError
 from quant.report import DecodeSpeed
+from serving.child_process import child_environment, python_command
 from serving.engine.engine import Engine, load_engine
 from serving.engine.requests import CancelRequest, GenerateRequest, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 PROMPT_TOKENS = 16
-MAX_TOKENS = 128
+MAX_TOKENS = 64
 # Decoding stops here even if fewer than MAX_TOKENS came: a large model on a small machine must not hold up its report.
-TIME_LIMIT_S = 2.0
+TIME_LIMIT_S = 1.5
+# Starting, loading and decoding; more than ten times what a small model takes.
+CHILD_TIMEOUT_S = 120.0
+# Larger weights would take longer to load than the report is worth, and the memory that the plan left free.
+MAX_WEIGHT_BYTES = 2 * 1000**3
 _KV_BYTES = 64 * 1024 * 1024
+
+
+def measure_in_child(directories: Sequence[Path]) -> list[DecodeSpeed | None]:
+    """One after another, in a process of their own. None, and a log line, for what could not be measured."""
+    small = [directory for directory in directories if _weight_bytes(directory) <= MAX_WEIGHT_BYTES]
+    if not small:
+        return [None] * len(directories)
+    command = python_command("serving.engine.decode_speed", *(str(directory) for directory in small))
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=CHILD_TIMEOUT_S,
+            env=child_environment(os.environ),
+            check=True,
+        )
+        found = {Path(line["directory"]): line["speed"] for line in map(json.loads, result.stdout.splitlines())}
+        return [DecodeSpeed(**found[directory]) if found.get(directory) else None for directory in directories]
+    except (subprocess.SubprocessError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("decode_speed_not_measured reason=%s", type(error).__name__)
+        return [None] * len(directories)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """A JSON line for each directory; one that cannot be served has no speed."""
+    for directory in map(Path, arguments):
+        try:
+            speed = asdict(measure_decode_speed(directory))
+        except CheckpointError as error:
+            print(f"{directory}: {error}", file=sys.stderr)
+            speed = None
+        print(json.dumps({"directory": str(directory), "speed": speed}), flush=True)
+    return 0
 
 
 def measure_decode_speed(directory: Path, clock: Callable[[], float] = time.perf_counter) -> DecodeSpeed:
@@ -50,3 +99,11 @@ def _decode(engine: Engine, request_id: str, max_tokens: int, clock: Callable[[]
         engine.cancel(CancelRequest(request_id=request_id))
         engine.step()
     return tokens, seconds
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,8 @@ FEW = ("--samples", "8", "--seq-len", "64")
 def short_held_out_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 512)
     monkeypatch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
+    # Two engines in a process of their own take seconds.
+    monkeypatch.setattr(ServingAccess, "decode_speeds", lambda _self, directories: [None for _ in directories])
     monkeypatch.setenv("CAUSERIE_CACHE", str(tmp_path / "cache"))
 
 
