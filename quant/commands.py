@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from quant.report import DecodeSpeed, QuantizationReport
 
 
+SEARCH_COST = "if that misses the perplexity budget, the search for one that keeps it takes about four times as long"
+
+
 def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
     arguments = parse_quantize(argv)
@@ -37,6 +40,7 @@ def quantize(argv: Sequence[str]) -> int:
         print(f"causerie: warning: {warning}", file=sys.stderr)
 
     from quant.merge import merged_for_a_while
+    from quant.plan import plan_run
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
@@ -46,6 +50,12 @@ def quantize(argv: Sequence[str]) -> int:
         if arguments.adapter is not None:
             merged = stack.enter_context(merged_for_a_while(source, arguments.adapter, arguments.out, progress))
             source, options = merged.directory, replace(options, merged_from=merged.parents)
+        plan = plan_run(ServingAccess().open(source), options, arguments.out)
+        print("\n".join(plan.lines), file=sys.stdout if arguments.plan else sys.stderr)
+        if options.max_perplexity_increase is not None:
+            print(SEARCH_COST, file=sys.stdout if arguments.plan else sys.stderr)
+        if arguments.plan:
+            return 0
         report = quantize_directory(source, arguments.out, options, progress)
     print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
     return 0

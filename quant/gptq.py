@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
-from quant.matrix import QuantizedMatrix
+from quant.matrix import QuantizedMatrix, split_rows
 from quant.output_parts import settle_in_parts
 from quant.packing import PACKABLE_BITS
 from quant.refine import CodedColumns, refine
@@ -35,6 +35,8 @@ RANGE_SHRINKAGES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.75, 0.71, 0
 # After so many rounds of descent little is left to gain: 4 take a tenth off GPTQ's error, 8 a hundredth more.
 REFINE_SWEEPS = 4
 HESSIAN_BLOCK = 192
+# Outputs whose error is computed at a time.
+ERROR_ROWS = 1024
 LARGE_BLOCK = 128
 SMALL_BLOCK = 32
 
@@ -113,8 +115,14 @@ class HessianSum:
 
     def mean(self) -> Tensor:
         """(in, in) float32, symmetric."""
-        lower = torch.tril(self._sum)
-        return (lower + torch.tril(self._sum, -1).t()) / max(self.num_rows, 1)
+        # Mirrored block by block: of the largest layers, one more such matrix is most of the memory.
+        mean = self._sum / max(self.num_rows, 1)
+        for start in range(0, mean.shape[0], HESSIAN_BLOCK):
+            stop = start + HESSIAN_BLOCK
+            corner = torch.tril(mean[start:stop, start:stop])
+            mean[start:stop, start:stop] = corner + torch.tril(corner, -1).t()
+            mean[start:stop, stop:] = mean[stop:, start:stop].t()
+        return mean
 
 
 def choose_group_size(in_sizes: Sequence[int], requested: int | None) -> int:
@@ -163,14 +171,16 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Gp
     columns = original.t().contiguous()  # (in, out): one input's weights are contiguous
     columns[importance == 0] = 0.0  # never used: any value is right, and 0 costs no range
     order = _order_of_inputs(importance, group_size, options.act_order)
-    ordered = hessian[order][:, order]
+    ordered = hessian
+    if options.act_order is not ActOrder.NONE:
+        ordered, columns = hessian[order][:, order], columns[order]
     inverse_root, damp = inverse_cholesky(ordered, options.damp)
 
     def settle(part: Tensor) -> CodedColumns:
         coded = _quantize_columns(part.clone(), inverse_root, group_size, options)
         return refine(part, ordered, coded, options.bits, options.refine_sweeps) if options.refine_sweeps else coded
 
-    matrix = _in_natural_order(settle_in_parts(settle, columns[order]), order, options)
+    matrix = _in_natural_order(settle_in_parts(settle, columns), order, options)
     return GptqResult(matrix=matrix, error=output_error(original, matrix, hessian), damp=damp)
 
 
@@ -218,12 +228,9 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     mean = float((diagonal + unused).mean())
     tried = damp
     while tried <= MAX_DAMP * 1.001:
-        damped = hessian + torch.diag(unused + tried * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper, tried
+        upper = _root_of_inverse(hessian, unused + tried * mean)
+        if upper is not None:
+            return upper, tried
         tried *= DAMP_GROWTH
     raise QuantizationError(
         f"the Hessian is not positive definite even with {MAX_DAMP:g} times its mean diagonal added; "
@@ -231,12 +238,35 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     )
 
 
+def _root_of_inverse(hessian: Tensor, added: Tensor) -> Tensor | None:
+    """The upper factor of the inverse of `hessian` with `added` on its diagonal, None if that is not positive definite.
+
+    At most two more such matrices are in memory at any time.
+    """
+    work = hessian.clone()
+    work.diagonal().add_(added)
+    work, failed = torch.linalg.cholesky_ex(work)
+    if int(failed):
+        return None
+    work = torch.cholesky_inverse(work)
+    work, failed = torch.linalg.cholesky_ex(work, upper=True)
+    # The sum is finite only where everything is, and takes no memory.
+    return None if int(failed) or not math.isfinite(float(work.sum())) else work
+
+
 def output_error(weight: Tensor, matrix: QuantizedMatrix, hessian: Tensor) -> float:
     """Squared error of the outputs over their squared norm. weight (out, in) float32, hessian (in, in) float32."""
-    difference = weight - matrix.dequantize()
-    wrong = float(((difference @ hessian) * difference).sum())
-    whole = float(((weight @ hessian) * weight).sum())
+    wrong = whole = 0.0
+    runs = zip(weight.split(ERROR_ROWS), split_rows(matrix, _run_lengths(weight.shape[0])), strict=True)
+    for rows, run in runs:
+        difference = rows - run.dequantize()
+        wrong += float((difference @ hessian).mul_(difference).sum())
+        whole += float((rows @ hessian).mul_(rows).sum())
     return wrong / whole if whole > 0 else 0.0
+
+
+def _run_lengths(rows: int) -> list[int]:
+    return [min(ERROR_ROWS, rows - start) for start in range(0, rows, ERROR_ROWS)]
 
 
 def round_to_nearest(weight: Tensor, options: GptqOptions, importance: Tensor | None = None) -> QuantizedMatrix:

@@ -16,6 +16,17 @@ class LayerSource(Protocol):
     @property
     def num_layers(self) -> int: ...
 
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the table that makes logits, as it is stored; the embeddings' where the two are tied."""
+        ...
+
     def layer(self, index: int) -> nn.Module:
         """Read from disk at each call, plain parameters in their stored type, quantised linears as `QuantizedLinear`.
 

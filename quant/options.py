@@ -26,6 +26,8 @@ class QuantizeOptions:
     choices:       bits and group size of single linears by their full names; they come before everything else
     measures_prose: whether the second held-out text is measured too, and not only the conversations
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
+    measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
+                   takes no more than the rest may
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -38,6 +40,7 @@ class QuantizeOptions:
     choices: Mapping[str, LinearChoice] = field(default_factory=dict[str, LinearChoice])
     measures_prose: bool = True
     merged_from: tuple[Parent, ...] = ()
+    measures_serving: bool | None = None
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""

@@ -15,6 +15,8 @@ from quant.refine import CodedColumns
 
 # With fewer outputs to a thread, a step costs more to start than to compute.
 FEWEST_OUTPUTS = 256
+# Weights of a part at most: settling takes about eight times its float32 size, for each thread.
+MOST_WEIGHTS = 2**22
 
 
 def settle_in_parts(settle: Callable[[Tensor], CodedColumns], columns: Tensor) -> CodedColumns:
@@ -23,7 +25,8 @@ def settle_in_parts(settle: Callable[[Tensor], CodedColumns], columns: Tensor) -
     Meanwhile torch runs single-threaded; its setting is restored at the end.
     """
     threads = torch.get_num_threads()
-    parts = min(threads, max(1, columns.shape[1] // FEWEST_OUTPUTS))
+    workers = min(threads, max(1, columns.shape[1] // FEWEST_OUTPUTS))
+    parts = columns.chunk(max(workers, -(-columns.numel() // MOST_WEIGHTS)), dim=1)
     is_inference = torch.is_inference_mode_enabled()  # of this thread; each has its own
 
     def settle_part(part: Tensor) -> CodedColumns:
@@ -32,10 +35,11 @@ def settle_in_parts(settle: Callable[[Tensor], CodedColumns], columns: Tensor) -
 
     torch.set_num_threads(1)
     try:
-        if parts == 1:
-            return settle(columns)
-        with ThreadPoolExecutor(parts) as pool:
-            coded = list(pool.map(settle_part, columns.chunk(parts, dim=1)))
+        if workers == 1:
+            coded = [settle_part(part) for part in parts]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                coded = list(pool.map(settle_part, parts))
     finally:
         torch.set_num_threads(threads)
     return CodedColumns(

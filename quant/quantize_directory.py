@@ -42,6 +42,7 @@ from quant.model_directory import (
     write_manifest,
 )
 from quant.options import LinearChoice, QuantizeOptions
+from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
 from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
@@ -128,7 +129,7 @@ def quantize_with(
     CheckpointError for a directory that cannot be used.
     """
     _refuse_unusable(source, out)
-    run = _prepare(access, source, options, progress)
+    run = _prepare(access, source, out, options, progress)
     _mention_other_works(out, run.mark)
     try:
         return _quantize_once(run, out)
@@ -216,11 +217,12 @@ def _refuse_unusable(source: Path, out: Path) -> None:
         raise QuantizationError(f"{out} exists and is not empty; give the name of a new directory")
 
 
-def _prepare(access: ModelAccess, source: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
+def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
     started = time.monotonic()
     texts = prepare_texts(access.encoder(source), options)
     layers = access.open(source)
-    settled = replace(options, gptq=settle_group_size(layers, options.gptq))
+    plan = require_room(layers, options, out)
+    settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
     return _Run(access, source, hash_directory(source), layers, settled, texts, progress, started)
 
 
@@ -277,7 +279,7 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     paths = carry_paths(
         run.layers, result, choices, run.options.gptq, windows, run.progress, "Measuring source and result"
     )
-    serve = run.access.serving_logits(directory)
+    serve = run.access.serving_logits(directory) if run.options.measures_serving else None
     compared: list[TextComparison] = []
     for text, first in zip(run.texts.held_out, _first_windows(run.texts.held_out), strict=True):
         compared.append(_compare_text(text, first, paths, serve, run.progress))
@@ -351,6 +353,8 @@ def _report(
 
 
 def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
+    if not run.options.measures_serving:  # an engine holds a whole model, too
+        return report
     stage = "Measuring how fast it decodes"
     run.progress.update(stage, 0, 1)
     before, after = run.access.decode_speeds([run.source, directory])

@@ -18,7 +18,6 @@ from quant.formats.autogptq import PACKED_SUFFIXES, gptq_settings, is_packed_ten
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.int4_linear import QuantizedLinear
-from serving.model.spec import DecoderSpec
 from serving.model.transformer import Decoder, DecoderLayer
 from serving.model.weights import load_spec, locate_tensors, read_config
 
@@ -58,12 +57,20 @@ class DirectoryLayers:
         self._head: Tensor | None = None
 
     @property
-    def spec(self) -> DecoderSpec:
-        return self._spec
-
-    @property
     def num_layers(self) -> int:
         return self._spec.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self._spec.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._spec.vocab_size
+
+    @property
+    def head_bytes(self) -> int:
+        return self._place(self._head_name).num_bytes
 
     def layer(self, index: int) -> nn.Module:
         layer = self._empty_layer()
@@ -100,10 +107,14 @@ class DirectoryLayers:
     def logits(self, hidden: Tensor) -> Tensor:
         """The head stays in its stored type: a float32 copy of it would be most of a small model's memory."""
         if self._head is None:
-            self._head = self._read(_EMBEDDING if self._spec.tied_embeddings else _HEAD)
+            self._head = self._read(self._head_name)
         runs = [hidden @ rows.to(torch.float32).t() for rows in self._head.split(HEAD_RUN_ROWS)]
         logits = torch.cat(runs, dim=-1)
         return logits if self._spec.logit_scale == 1.0 else logits.mul_(self._spec.logit_scale)
+
+    @property
+    def _head_name(self) -> str:
+        return _EMBEDDING if self._spec.tied_embeddings else _HEAD
 
     def _locate(self, file_of_tensor: Mapping[str, Path]) -> dict[str, _Place]:
         """By the decoder's names, without tensors that follow from the config."""

@@ -118,6 +118,17 @@ def test_base_and_adapter_are_merged_and_quantised_in_one_go(tmp_path: Path) -> 
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
 
 
+def test_a_plan_is_printed_and_nothing_else_is_done(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize([str(source), str(tmp_path / "out"), "--plan", "--max-perplexity-increase", "2%"]) == 0
+    printed = capsys.readouterr().out
+    assert "peak memory about" in printed
+    assert "disk about" in printed
+    assert "the search for one that keeps it" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def write_lora(directory: Path, shapes: dict[str, tuple[int, int]]) -> None:
     """A random adapter of rank 2. shapes: (inputs, outputs) by module."""
     from safetensors.torch import save_file
