@@ -134,18 +134,6 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     symmetry.add_argument(
         "--asym", dest="sym", action="store_false", help="a zero point for each group; a little better, fewer engines"
     )
-    group.add_argument(
-        "--head-bits",
-        type=int,
-        choices=(4, 8),
-        help="bits of the output head, half of a small model's file; only Causerie loads such a head (default: plain)",
-    )
-    group.add_argument(
-        "--embedding-bits",
-        type=int,
-        choices=(4, 8),
-        help="bits of the embeddings, likewise (default: plain)",
-    )
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from quant.command_line import act_order_warning, parse_merge, parse_quantize
 pytestmark = pytest.mark.unit
 
 FLAGS = (
-    *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym", "--head-bits"),
-    *("--embedding-bits", "--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
+    *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym"),
+    *("--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
     *("--seed", "--max-perplexity-increase"),
 )
 
@@ -47,7 +47,7 @@ def test_help_teaches_with_examples_that_parse(capsys: pytest.CaptureFixture[str
 def test_the_defaults_are_the_format_that_any_engine_loads() -> None:
     found = parse_quantize(["model", "out"])
     assert (found.bits, found.group_size, found.sym, found.act_order, found.mse_search) == (4, None, True, "none", "on")
-    assert (found.head_bits, found.embedding_bits, found.adapter, found.plan) == (None, None, None, False)
+    assert (found.adapter, found.plan) == (None, False)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,6 @@ def test_group_sizes_include_the_whole_row(size: int) -> None:
         (["model", "out", "--max-perplexity-increase=0%"], "is not a positive number"),
         (["model", "out", "--damp", "nan"], "is not a positive number"),
         (["model", "out", "--sym", "--asym"], "not allowed with"),
-        (["model", "out", "--head-bits", "2"], "invalid choice: 2"),
     ],
 )
 def test_misuse_leaves_with_two_and_says_what_was_meant(
