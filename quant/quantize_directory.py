@@ -353,7 +353,8 @@ def _report(
 
 
 def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
-    if not run.options.measures_serving:  # an engine holds a whole model, too
+    # An engine holds a whole model, so this has no room where measuring the serving path has none.
+    if not run.options.measures_speed or not run.options.measures_serving:
         return report
     stage = "Measuring how fast it decodes"
     run.progress.update(stage, 0, 1)

@@ -153,7 +153,7 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
         act_order=ActOrder.STATIC if recipe.act_order else ActOrder.NONE,
     )
     # A first start is waited for: one held-out text is enough.
-    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False)
+    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False, measures_speed=False)
     quantize_directory(source, target, asked, progress)
 
 
