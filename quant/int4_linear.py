@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantizationError
-from quant.matrix import QuantizedMatrix
+from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
 from quant.native.large_pages import LargePages
 from quant.native.linear import NativeLinear, is_native_right, why_not_native
 
@@ -36,6 +36,9 @@ class KernelName(StrEnum):
     PLAIN = "plain"
     TORCH_INT4PACK = "torch_int4pack"
     NATIVE = "native_int8"  # int8 activations
+    # Plain weights rounded while they load: `quant.bitsandbytes_linear`.
+    BITSANDBYTES_NF4 = "bitsandbytes_nf4"
+    BITSANDBYTES_INT8 = "bitsandbytes_int8"
 
 
 class LinearKernel(Protocol):
@@ -146,6 +149,8 @@ def split_codes(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """
     if matrix.bits != 8:
         raise QuantizationError(f"only 8-bit matrices are split, not {matrix.bits}-bit ones")
+    if matrix.group_of_input is not None:
+        raise QuantizationError(f"only matrices whose inputs are grouped in order are split: {SHUFFLED_GROUPS}")
     return QuantizedMatrix(
         codes=torch.cat((matrix.codes >> 4, matrix.codes & 15), dim=1),
         scales=torch.cat((matrix.scales * 16, matrix.scales), dim=1),
@@ -159,6 +164,8 @@ def why_not_int4pack(matrix: QuantizedMatrix) -> str | None:
     """None if torch's packed product takes this matrix (an 8-bit one as two of 4 bits), else the reason."""
     if matrix.bits not in (4, 8):
         return f"it takes 4 bits, or 8 as two products, not {matrix.bits}"
+    if matrix.group_of_input is not None:
+        return SHUFFLED_GROUPS
     if matrix.group_size not in INT4PACK_GROUP_SIZES:
         return f"it takes group sizes {INT4PACK_GROUP_SIZES}, not {matrix.group_size}"
     if matrix.out_features % INT4PACK_ROW_MULTIPLE:

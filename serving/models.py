@@ -45,7 +45,7 @@ class QuantizationRecipe:
     """How the cached 4-bit model is made from the source; `quant.gptq.GptqOptions` without its import of torch.
 
     `group_size` None is the largest of 128, 64, 32 that divides every layer's inputs. `eight_bit` names linears that
-    get 8 bits in every layer.
+    get 8 bits in every layer. `act_order` is the static one.
     """
 
     bits: int = 4
@@ -284,6 +284,16 @@ def model_state(cache: Path, reference: ModelReference) -> ModelState:
     if is_published(prepared_directory(folder, reference)):
         return "prepared"
     return "downloaded" if is_published(folder / "source") else "not downloaded"
+
+
+def refuse_quantized(directory: Path) -> Path:
+    """`directory`, if it holds plain weights. Raises CheckpointError if it is quantised already."""
+    if is_quantized(directory):
+        raise CheckpointError(
+            f"{directory} is quantised already, and load_in rounds plain weights; leave --load-in out, or give the "
+            "directory of its source"
+        )
+    return directory
 
 
 def is_quantized(directory: Path) -> bool:

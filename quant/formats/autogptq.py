@@ -1,7 +1,8 @@
-"""AutoGPTQ's tensors: packs version 1, reads versions 1 ("gptq") and 2 ("gptq_v2").
+"""AutoGPTQ's tensors, packed and read in versions 1 ("gptq") and 2 ("gptq_v2").
 
 For a linear `p`: `p.qweight` int32 (in / pack, out), `p.qzeros` int32 (groups, out / pack), `p.scales` fp16
-(groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one. Only safetensors are read.
+(groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one, version 2 as it is. Only safetensors
+are read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
@@ -18,14 +20,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
-FORMAT_V1 = "gptq"
-FORMAT_V2 = "gptq_v2"
-KNOWN_FORMATS = (FORMAT_V1, FORMAT_V2)
 PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
+
+
+class CheckpointFormat(StrEnum):
+    """By the names that files and other tools use. Every engine reads version 1; some do not know version 2."""
+
+    V1 = "gptq"
+    V2 = "gptq_v2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class GptqSettings:
 
     bits: int
     group_size: int | None
-    checkpoint_format: str
+    checkpoint_format: CheckpointFormat
 
 
 def is_packed_tensor(name: str) -> bool:
@@ -61,12 +68,12 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     method = section.get("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(f"{origin}: quant_method {method!r} is not supported; 'gptq' is")
-    checkpoint_format = section.get("checkpoint_format") or FORMAT_V1
+    checkpoint_format = section.get("checkpoint_format") or CheckpointFormat.V1
     if section.get("is_marlin_format") is True:
         checkpoint_format = "marlin"
-    if checkpoint_format not in KNOWN_FORMATS:
+    if checkpoint_format not in list(CheckpointFormat):
         raise CheckpointError(
-            f"{origin}: checkpoint_format {checkpoint_format!r} is not known; known are {', '.join(KNOWN_FORMATS)}. "
+            f"{origin}: checkpoint_format {checkpoint_format!r} is not known; known are {', '.join(CheckpointFormat)}. "
             "Quantise the source model again with `causerie quantize`"
         )
     bits = section.get("bits")
@@ -78,15 +85,19 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     return GptqSettings(
         bits=cast("int", bits),
         group_size=None if group_size == -1 else group_size,
-        checkpoint_format=str(checkpoint_format),
+        checkpoint_format=CheckpointFormat(str(checkpoint_format)),
     )
 
 
 def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Each quantised linear's name (`model.layers.0.self_attn.q_proj`) and matrix, one in memory at a time."""
+    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix.
+
+    One tensor on disk is in memory at a time; a fused one comes as the linears that it is made of.
+    """
     settings = gptq_settings(directory)
     if settings is None:
         raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
+    names = checkpoint_names(read_json(directory / "config.json"))
     file_of_tensor = locate_tensors(directory)
     with ExitStack() as stack:
         # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
@@ -100,30 +111,36 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
                 suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
                 for suffix, full in stored.items()
             }
-            yield linear, unpack_linear(linear, tensors, settings)
+            yield from names.split_matrix(linear, unpack_linear(linear, tensors, settings))
 
 
 def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:
     return dict(iterate_quantized_linears(directory))
 
 
-def pack_linear(matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """The four tensors of one linear in version 1: qweight, qzeros, scales, g_idx.
+def pack_linear(
+    matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat = CheckpointFormat.V1
+) -> dict[str, Tensor]:
+    """The four tensors of one linear: qweight, qzeros, scales, g_idx.
 
-    Raises ValueError for a zero point of 0: stored minus one it would borrow from every later code of its word.
+    Raises ValueError for a zero point of 0 in version 1: minus one it would borrow from every later code of its word.
     """
     per_word = codes_per_word(matrix.bits)
     if matrix.in_features % per_word or matrix.out_features % per_word:
         raise ValueError(
             f"a {matrix.out_features} x {matrix.in_features} matrix does not fill whole words of {per_word} codes"
         )
-    if int(matrix.zeros.min()) < 1:
-        raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+    zeros = matrix.zeros.t().to(torch.int64)
+    if checkpoint_format is CheckpointFormat.V1:
+        if int(zeros.min()) < 1:
+            raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+        zeros = zeros - 1
+    trivial = torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size
     return {
         "qweight": pack_rows(matrix.codes.t(), matrix.bits),
-        "qzeros": pack_columns(matrix.zeros.t().to(torch.int64) - 1, matrix.bits),
+        "qzeros": pack_columns(zeros, matrix.bits),
         "scales": matrix.scales.t().to(torch.float16).contiguous(),
-        "g_idx": torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size,
+        "g_idx": trivial if matrix.group_of_input is None else matrix.group_of_input,
     }
 
 
@@ -138,16 +155,13 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     codes = unpack_columns(qweight.t(), bits)
     out_features, in_features = codes.shape
     groups = scales.shape[0]
-    if in_features % groups or scales.shape[1] != out_features:
-        raise CheckpointError(
-            f"{name}: scales {tuple(scales.shape)} do not divide {in_features} inputs of {out_features} outputs evenly"
-        )
-    group_size = in_features // groups
-    _require_trivial_groups(name, g_idx, in_features, group_size)
+    if scales.dim() != 2 or scales.shape[1] != out_features:
+        raise CheckpointError(f"{name}: scales {tuple(scales.shape)} do not fit {out_features} outputs")
+    group_size, group_of_input = _groups(name, g_idx, in_features, groups)
     if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
         raise CheckpointError(f"{name}: qzeros {tuple(qzeros.shape)} do not fit scales {tuple(scales.shape)}")
     zeros = unpack_columns(qzeros, bits)
-    if settings.checkpoint_format == FORMAT_V1:
+    if settings.checkpoint_format is CheckpointFormat.V1:
         zeros = _restore_v1_zeros(name, zeros, bits)
     return QuantizedMatrix(
         codes=codes,
@@ -155,6 +169,7 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
         zeros=zeros.t().contiguous(),
         bits=bits,
         group_size=group_size,
+        group_of_input=group_of_input,
     )
 
 
@@ -179,15 +194,21 @@ def _bits_from_shape(name: str, qweight: Tensor, g_idx: Tensor) -> int:
     return bits
 
 
-def _require_trivial_groups(name: str, g_idx: Tensor | None, in_features: int, group_size: int) -> None:
+def _groups(name: str, g_idx: Tensor | None, in_features: int, groups: int) -> tuple[int, Tensor | None]:
+    """The group size, and the group of each input where groups are not runs of so many neighbours."""
+    if not groups or (g_idx is None and in_features % groups):
+        raise CheckpointError(f"{name}: {groups} groups of scales do not divide {in_features} inputs evenly")
+    group_size = -(-in_features // groups)
     if g_idx is None:
-        return
-    trivial = torch.arange(in_features, dtype=torch.int64) // group_size
-    if not torch.equal(g_idx.to(torch.int64), trivial):
+        return group_size, None
+    stored = g_idx.to(torch.int32)
+    if in_features % groups == 0 and torch.equal(stored, torch.arange(in_features, dtype=torch.int32) // group_size):
+        return group_size, None
+    if not 0 <= int(stored.min()) <= int(stored.max()) < groups:
         raise CheckpointError(
-            f"{name}: g_idx reorders the inputs (desc_act=true with groups), which is not supported; "
-            "quantise with desc_act=false, or with static groups"
+            f"{name}: g_idx names groups {int(stored.min())}..{int(stored.max())}; scales hold 0..{groups - 1}"
         )
+    return int(torch.bincount(stored).max()), stored
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.gptq import (
+    ActOrder,
     GptqOptions,
     Grid,
     HessianSum,
@@ -18,8 +19,8 @@ from quant.gptq import (
     output_error,
     quantize_matrix,
     round_to_nearest,
-    storable_scale,
 )
+from quant.scales import storable_scale
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +49,9 @@ def hessian_of(inputs: Tensor) -> Tensor:
 OPTIONS = [
     GptqOptions(group_size=32),
     GptqOptions(group_size=32, symmetric=False),
-    GptqOptions(group_size=64, act_order=True),
+    GptqOptions(group_size=64, act_order=ActOrder.STATIC),
+    GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED),
+    GptqOptions(group_size=-1),
     GptqOptions(group_size=32, range_search=False),
     GptqOptions(group_size=32, bits=8),
     GptqOptions(group_size=128),
@@ -91,7 +94,7 @@ def plain_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions, damp: floa
         first = column // options.group_size * options.group_size
         group = slice(first, first + options.group_size)
         if column == first:
-            grids.append(find_grid(columns[group], hessian.diagonal()[group], options))
+            grids.append(find_grid(columns[group], root.diagonal()[group].pow(-2), options))
         grid = grids[-1]
         reached[column] = (nearest_codes(columns[column], grid, options.bits) - grid.zero) * grid.scale
         error = (columns[column] - reached[column]) / root[column, column]
@@ -102,7 +105,7 @@ def plain_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions, damp: floa
 @pytest.mark.parametrize(("in_features", "group_size"), [(256, 32), (192, 192), (160, 20), (96, 48)])
 def test_blocks_change_nothing_but_speed(in_features: int, group_size: int) -> None:
     weight, hessian = case(8, in_features)
-    options = GptqOptions(group_size=group_size)
+    options = GptqOptions(group_size=group_size, refine_sweeps=0)
     expected = plain_gptq(weight, hessian, options, options.damp)
     found = quantize_matrix(weight, hessian, options).matrix.dequantize()
     # Sums in another order can tip a weight that lies between two codes; what follows then differs too.
@@ -114,24 +117,51 @@ def test_act_order_helps_where_a_few_late_inputs_matter_most() -> None:
     inputs = correlated_inputs(1024, 128) * torch.logspace(-1, 1, 128)
     hessian = hessian_of(inputs)
     natural = quantize_matrix(weight, hessian, GptqOptions(group_size=32))
-    ordered = quantize_matrix(weight, hessian, GptqOptions(group_size=32, act_order=True))
+    ordered = quantize_matrix(weight, hessian, GptqOptions(group_size=32, act_order=ActOrder.STATIC))
     assert ordered.error < natural.error
 
 
-def test_act_order_keeps_groups_of_neighbouring_inputs() -> None:
+def test_static_act_order_is_plain_gptq_on_groups_sorted_by_importance() -> None:
     weight, hessian = case()
-    options = GptqOptions(group_size=32, act_order=True)
-    # Static groups: the grids are those of the untouched weights, in natural order.
-    expected = round_to_nearest(weight, options, hessian.diagonal())
-    found = quantize_matrix(weight, hessian, options).matrix
-    assert torch.equal(found.scales, expected.scales)
-    assert torch.equal(found.zeros, expected.zeros)
+    options = GptqOptions(group_size=32, act_order=ActOrder.STATIC, refine_sweeps=0)
+    importance = hessian.diagonal().tolist()
+    groups = [sorted(range(first, first + 32), key=lambda i: -importance[i]) for first in range(0, 128, 32)]
+    groups.sort(key=lambda group: -sum(importance[i] for i in group))
+    order = [column for group in groups for column in group]
+    assert order != list(range(128))
+    expected = torch.empty_like(weight)
+    expected[:, order] = plain_gptq(weight[:, order], hessian[order][:, order], options, options.damp)
+    matrix = quantize_matrix(weight, hessian, options).matrix
+    assert matrix.group_of_input is None
+    assert float((matrix.dequantize() != expected).float().mean()) < 0.02
+
+
+def test_shuffled_act_order_is_plain_gptq_on_inputs_sorted_by_importance() -> None:
+    weight, hessian = case()
+    options = GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED, refine_sweeps=0)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    expected = torch.empty_like(weight)
+    expected[:, order] = plain_gptq(weight[:, order], hessian[order][:, order], options, options.damp)
+    matrix = quantize_matrix(weight, hessian, options).matrix
+    assert float((matrix.dequantize() != expected).float().mean()) < 0.02
+    assert matrix.group_of_input is not None
+    assert matrix.group_of_input[order].tolist() == [position // 32 for position in range(128)]
+
+
+def test_one_group_over_all_inputs_is_named_by_minus_one() -> None:
+    weight, hessian = case()
+    for act_order in ActOrder:
+        matrix = quantize_matrix(weight, hessian, GptqOptions(group_size=-1, act_order=act_order)).matrix
+        assert matrix.group_size == 128
+        assert tuple(matrix.scales.shape) == (24, 1)
+        assert matrix.group_of_input is None  # a single group has no order
+    assert choose_group_size([576, 40], -1) == -1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", ActOrder)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_group_of_one_sign_keeps_its_zero_point_storable(bits: int, act_order: bool, sign: float) -> None:
+def test_a_group_of_one_sign_keeps_its_zero_point_storable(bits: int, act_order: ActOrder, sign: float) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = sign * (torch.rand((16, 64), generator=generator) + 0.1)
     options = GptqOptions(bits=bits, group_size=32, symmetric=False, act_order=act_order)
@@ -221,7 +251,10 @@ def test_inputs_that_no_default_divides_ask_for_a_group_size() -> None:
         choose_group_size([40], None)
 
 
-@pytest.mark.parametrize(("field", "value"), [("bits", 3), ("group_size", 0), ("damp", 0.0), ("damp", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("bits", 3), ("group_size", 0), ("group_size", -2), ("refine_sweeps", -1), ("damp", 0.0), ("damp", float("nan"))],
+)
 def test_impossible_options_are_refused(field: str, value: float) -> None:
     with pytest.raises(QuantizationError):
         GptqOptions(**{field: value})  # pyright: ignore[reportArgumentType]

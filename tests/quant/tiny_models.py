@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from quant.calibration import Encoder, Row
-from quant.commands import stored_dtype
-from quant.measure import MeasurableModel, WindowLogits
+from quant.layer_source import LayerSource
+from quant.measure import WindowLogits
+from quant.report import DecodeSpeed
+from serving.model.layer_source import DirectoryLayers
 from serving.model.spec import spec_from_config
 from serving.model.transformer import Decoder
 from serving.model.weights import load_decoder, save_decoder
@@ -74,8 +77,8 @@ class TinyAccess:
     def __init__(self, *, serves: bool = True) -> None:
         self._serves = serves
 
-    def load(self, directory: Path) -> MeasurableModel:
-        return load_decoder(directory, dtype=stored_dtype(directory))
+    def open(self, directory: Path) -> LayerSource:
+        return DirectoryLayers(directory)
 
     def encoder(self, directory: Path) -> Encoder:
         def encode(row: Row) -> list[int]:
@@ -92,3 +95,8 @@ class TinyAccess:
             return None
         decoder = load_decoder(directory, dtype=torch.bfloat16)
         return lambda ids: decoder(ids[None])[0]
+
+    def decode_speeds(self, directories: Sequence[Path]) -> list[DecodeSpeed | None]:
+        return [
+            DecodeSpeed(0.5, 100.0 * place, 1) if self._serves else None for place in range(1, len(directories) + 1)
+        ]
