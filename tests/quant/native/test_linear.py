@@ -1,4 +1,4 @@
-"""The native product against its twin. Runs a second time on the AVX2 code paths (test_native_step.py)."""
+"""The native product against its twin. Runs again on the other code paths (test_native_step.py)."""
 
 from __future__ import annotations
 
