@@ -5,10 +5,11 @@ One filter belongs to one choice of one request. The gateway feeds it the detoke
 
 What `JudgingFilter` does depends on the text alone, never on the pieces it came in. Sizes are in units: a Chinese,
 Japanese or Korean character counts as three, any other as one. Each time `grid` more units have come, and at the end,
-the last `window` units are judged; a window ends behind the last character that is no letter or digit, if there is one
-in its last `grid` units, so that "cock" is not judged for "cocktail". Text leaves up to `hold` units before the end of
-the last judged window. Where that window is suspicious (from `suspicion` times a threshold on), what is held grows up
-to `window` units, until a later window is not suspicious or the text ends.
+the last `window` units are judged; so is the beginning, up to its first word end behind `hold` units if one comes
+within a `grid`, so that the first text leaves as early as it may. A window ends behind the last character that is no
+letter or digit, if there is one in its last `grid` units, so that "cock" is not judged for "cocktail". Text leaves up
+to `hold` units before the end of the last judged window. Where that window is suspicious (from `suspicion` times a
+threshold on), what is held grows up to `window` units, until a later window is not suspicious or the text ends.
 
 Guarantee. Call a passage seen if every window that contains it whole and ends less than three `grid` after it is
 flagged. Then, whatever the tokens and deltas it came in:
@@ -120,7 +121,7 @@ class PassThrough:
 class FilterOptions:
     """Sizes in units, as the module's docstring has them.
 
-    The first text leaves when `hold` units and the rest of a `grid` step have come: 48 units, some eleven tokens.
+    The first text leaves at the first word end behind `hold` units, some ten tokens.
     `suspicion` is a share of the threshold.
     """
 
@@ -162,6 +163,7 @@ class JudgingFilter:
         self._only_observes = only_observes
         self._text = _Tail()
         self._due: deque[int] = deque()  # where windows must be judged, as numbers of characters
+        self._has_first = False
         self._judged = 0
         self._cleared = 0  # so many characters may leave
         self._released = 0
@@ -175,9 +177,10 @@ class JudgingFilter:
     def feed(self, text: str) -> None:
         if self.is_stopped:
             return
-        grid_points = self._text.append(text, self._options.grid)
+        start = self._text.length
+        points = self._text.append(text, self._options.grid)
         if not self._is_decided:
-            self._due.extend(grid_points)
+            self._due.extend(sorted({*points, *self._first_word_end(start)}))
 
     def end(self) -> None:
         self._is_ended = True
@@ -209,6 +212,14 @@ class JudgingFilter:
     def _is_rest_due(self) -> bool:
         is_open = self._is_ended and not self.is_stopped and not self._is_decided
         return is_open and self._judged < self._text.length
+
+    def _first_word_end(self, start: int) -> list[int]:
+        """The end of the beginning's window if it lies behind `start`, where text was added."""
+        if self._has_first:
+            return []
+        end = self._text.first_word_end(start, self._options.hold, self._options.hold + self._options.grid)
+        self._has_first = end is not None
+        return [] if end is None else [end]
 
     @property
     def _is_decided(self) -> bool:
@@ -300,6 +311,15 @@ class _Tail:
             if _WORD_END.match(self._text[end - self._dropped - 1]):
                 return end
         return position
+
+    def first_word_end(self, start: int, above: int, below: int) -> int | None:
+        """The first position past `start` behind a character that ends words, with so many units before it."""
+        for end in range(start + 1, self.length + 1):
+            if self._units[end - self._dropped] >= below:
+                break
+            if self._units[end - self._dropped] > above and _WORD_END.match(self._text[end - self._dropped - 1]):
+                return end
+        return None
 
     def word_start(self, position: int, units: int) -> int:
         """The first position behind a character that ends words, less than `units` after `position`; or `position`."""

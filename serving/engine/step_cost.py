@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from serving.model.spec import DecoderSpec
 
 # Reading the weights once, which one row pays as well as ten; and what a stream adds: its row, its head, its draw.
-_STEP = 10.0
+_STEP = 8.0
 _STREAM = 2.0
 # An operation of attention beside one of the products, which have packed weights and many rows at once. What a
-# sequence's keys and values cost to fetch is paid once, however many rows it has in the step.
-_ATTEND = 8.0
-_FETCH = 20.0
+# sequence's keys and values cost to fetch and lay out is paid once, however many rows it has in the step.
+_ATTEND = 3.0
+_FETCH = 10.0
 
 
 @dataclass(frozen=True, slots=True)

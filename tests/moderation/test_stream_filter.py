@@ -199,16 +199,26 @@ def test_what_is_held_grows_no_further_than_the_window() -> None:
     assert stream.take().is_complete
 
 
-def test_the_first_text_leaves_after_forty_eight_characters() -> None:
+@pytest.mark.parametrize(
+    ("text", "num_held", "num_left"),
+    [
+        ("It is a fine day, and we go for a walk in the old park by the sea.", 42, 2),
+        ("It is a fine day, and we go for a walk in thunderstorms by the sea.", 42, 2),
+        ("It is a fine day, and we walk through thunderstorms by the old sea.", 52, 12),
+        ("x" * 60, 48, 8),  # no words
+    ],
+)
+def test_the_first_text_leaves_at_the_first_word_end_behind_what_is_held(
+    text: str, num_held: int, num_left: int
+) -> None:
     stream = JudgingFilter(Judge("\0never"))
-    num_fed = 0
-    for character in "It is a fine day, and we go for a walk in the old park by the sea.":
-        stream.feed(character)
+    num_fed, left = 0, ""
+    while not left:
+        stream.feed(text[num_fed])
         stream.judge()
         num_fed += 1
-        if stream.take().text:
-            break
-    assert num_fed == 48
+        left = stream.take().text
+    assert (num_fed, left) == (num_held, text[:num_left])
 
 
 def test_chinese_is_held_a_third_as_long() -> None:
