@@ -135,11 +135,15 @@ def _read_weights(file: GgufFile, metadata: GgufMetadata, family: GgufFamily) ->
                 "supported"
             )
         values = torch.from_numpy(file.read(tensor.name))
+        if name in weights:
+            raise CheckpointError(f"{metadata.path}: {tensor.name!r} is not the only tensor for {name}")
         heads = family.rotary_heads(name, num_heads, num_kv_heads)
         if heads is not None:
             values = unpermute_rows(_divisible(values, heads, tensor, metadata.path), heads)
         weights[name] = values.to(_stored_dtype(tensor, values)).contiguous()
-    missing = _expected_names(family, metadata.count(f"{family.name}.block_count")) - weights.keys()
+    # A count beyond the tensors there are is not worth a list of names.
+    num_layers = min(metadata.count(f"{family.name}.block_count"), len(weights))
+    missing = _expected_names(family, num_layers) - weights.keys()
     if missing:
         raise CheckpointError(f"{metadata.path} lacks {len(missing)} tensors, {min(missing)!r} among them")
     return weights
