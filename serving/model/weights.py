@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import gptq_settings, is_packed_tensor, iterate_quantized_linears
+from quant.formats.pickled import pickled_hint
 from quant.int4_linear import QuantizedLinear
 from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
@@ -113,9 +114,7 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
         }
     path = directory / WEIGHTS_FILE
     if not path.exists():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        hint = f"; {pickled[0]} is pickled, which is never read: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{hint}")
+        raise CheckpointError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled_hint(directory)}")
     try:
         with safe_open(path, framework="pt") as file:
             return dict.fromkeys(file.keys(), path)
