@@ -254,7 +254,8 @@ def _tensors(source: _Source, embeddings: Embeddings, tally: _Tally) -> Iterator
                 f"{source.directory}: {name} is {values.dtype}; expected float32, float16 or bfloat16"
             )
         type_name, rows = _stored_rows(name, values, embeddings)
-        tally.types[type_name] += values.dim() == 2
+        if values.dim() == 2:
+            tally.types[type_name] += 1
         yield _gguf_name(source, name), type_name, _permuted(source, name, rows)
     if source.is_quantized:
         for linear, matrix in iterate_quantized_linears(source.directory):
