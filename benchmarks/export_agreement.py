@@ -63,6 +63,7 @@ class Options:
     window: int
     threads: int
     embeddings: Embeddings
+    float16_bits: tuple[int, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,13 +74,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=512, help="tokens of one context")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--embeddings", choices=tuple(Embeddings), default=Embeddings.AS_STORED)
+    parser.add_argument(
+        "--float16-bits", type=int, nargs="*", default=(), help="linears of so many bits as F16: what their type costs"
+    )
     parser.add_argument("--max-mean-kl", type=float, default=0.01)
     parser.add_argument("--min-top1-agreement", type=float, default=0.98)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     options = Options(
-        given.model, given.llama_cpp_python, given.tokens, given.window, given.threads, Embeddings(given.embeddings)
+        model=given.model,
+        llama_cpp_python=given.llama_cpp_python,
+        tokens=given.tokens,
+        window=given.window,
+        threads=given.threads,
+        embeddings=Embeddings(given.embeddings),
+        float16_bits=tuple(given.float16_bits),
     )
     rows = measure(options)
     for name, row in rows.items():
@@ -127,7 +137,14 @@ def _llama_cpp(options: Options, windows: Tensor) -> Generator[WindowLogits]:
     with tempfile.TemporaryDirectory() as folder:
         gguf, windows_path = Path(folder) / "model.gguf", Path(folder) / "windows.npy"
         template = find_template(options.model)
-        export_gguf(options.model, gguf, SilentProgress(), chat_template=template, embeddings=options.embeddings)
+        export_gguf(
+            options.model,
+            gguf,
+            SilentProgress(),
+            chat_template=template,
+            embeddings=options.embeddings,
+            float16_bits=options.float16_bits,
+        )
         np.save(windows_path, windows.numpy().astype(np.int32))
         command = [str(options.llama_cpp_python), str(WORKER), str(gguf), str(windows_path), str(options.threads)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:

@@ -8,7 +8,7 @@ minimum alone is rounded to fp16. One matrix is in memory at a time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -62,6 +62,12 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    embeddings: Embeddings
+    float16_bits: frozenset[int]
+
+
 @dataclass(slots=True)
 class _Tally:
     """What has been written so far: matrices by type, and the quantised linears that had to become plain numbers."""
@@ -69,9 +75,9 @@ class _Tally:
     types: Counter[str] = field(default_factory=Counter[str])
     widened: list[str] = field(default_factory=list[str])
 
-    def add_linear(self, linear: str, type_name: str) -> None:
+    def add_linear(self, linear: str, type_name: str, *, is_wanted: bool) -> None:
         self.types[type_name] += 1
-        if not type_name.startswith("Q"):
+        if not type_name.startswith("Q") and not is_wanted:
             self.widened.append(linear)
 
 
@@ -116,12 +122,16 @@ def export_gguf(
     *,
     chat_template: str | None = None,
     embeddings: Embeddings = Embeddings.AS_STORED,
+    float16_bits: Collection[int] = (),
 ) -> ExportReport:
     """Write the model in `directory`, GPTQ or plain, as the new file `out`, which appears whole or not at all.
 
+    float16_bits: quantised linears of so many bits become F16, which llama.cpp multiplies by activations of 16 bits
+        instead of 8; their values are rounded, by at most 2⁻¹¹
     Raises CheckpointError for a model, a tokenizer or a quantisation that GGUF cannot express, before anything is
     written where that can be known before, and for a full disk.
     """
+    options = _Options(embeddings, frozenset(float16_bits))
     source = _open_source(directory)
     shapes = _gguf_shapes(source)
     metadata = _model_metadata(source, out.stem) | _tokenizer_of(directory, shapes["token_embd.weight"][0])
@@ -130,7 +140,7 @@ def export_gguf(
     tally = _Tally()
     with publish_file(out) as file:
         writer = GgufWriter(file, metadata, shapes)
-        for done, (name, type_name, rows) in enumerate(_tensors(source, embeddings, tally), start=1):
+        for done, (name, type_name, rows) in enumerate(_tensors(source, options, tally), start=1):
             writer.write(name, type_name, rows)
             progress.update(_STAGE, done, len(shapes))
         writer.finish()
@@ -241,7 +251,7 @@ def _expected_names(source: _Source) -> set[str]:
     return names | {f"blk.{layer}.{part}.weight" for layer in layers for part in source.family.layer_names}
 
 
-def _tensors(source: _Source, embeddings: Embeddings, tally: _Tally) -> Iterator[tuple[str, str, Rows]]:
+def _tensors(source: _Source, options: _Options, tally: _Tally) -> Iterator[tuple[str, str, Rows]]:
     """Name, type and rows of every tensor, one in memory at a time."""
     factors = _rope_factors(source)
     if factors is not None:
@@ -253,14 +263,15 @@ def _tensors(source: _Source, embeddings: Embeddings, tally: _Tally) -> Iterator
             raise CheckpointError(
                 f"{source.directory}: {name} is {values.dtype}; expected float32, float16 or bfloat16"
             )
-        type_name, rows = _stored_rows(name, values, embeddings)
+        type_name, rows = _stored_rows(name, values, options.embeddings)
         if values.dim() == 2:
             tally.types[type_name] += 1
         yield _gguf_name(source, name), type_name, _permuted(source, name, rows)
     if source.is_quantized:
         for linear, matrix in iterate_quantized_linears(source.directory):
-            type_name, rows = linear_rows(linear, matrix)
-            tally.add_linear(linear, type_name)
+            is_plain = matrix.bits in options.float16_bits
+            type_name, rows = _plain_rows(matrix.dequantize()) if is_plain else linear_rows(linear, matrix)
+            tally.add_linear(linear, type_name, is_wanted=is_plain)
             yield _gguf_name(source, f"{linear}.weight"), type_name, _permuted(source, f"{linear}.weight", rows)
 
 

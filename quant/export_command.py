@@ -47,6 +47,7 @@ def export(argv: Sequence[str]) -> int:
         progress,
         chat_template=find_template(directory),
         embeddings=Embeddings(arguments.embeddings),
+        float16_bits=(8,) if arguments.eight_bit_as == "f16" else (),
     )
     print(_summary(report, arguments.out))
     return 0
@@ -66,6 +67,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=("as-stored", "q8_0"),
         default="as-stored",
         help="embeddings and head: as the directory has them (default), or rounded to 8 bits, half the size",
+    )
+    parser.add_argument(
+        "--eight-bit-as",
+        choices=("q8_0", "f16"),
+        default="q8_0",
+        help="linears of 8 bits: bit for bit (default), or twice as large and nearer to what `serve` computes, since "
+        "llama.cpp rounds what it multiplies by Q8_0 to 8 bits too",
     )
     return parser.parse_args(argv)
 

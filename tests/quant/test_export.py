@@ -234,6 +234,14 @@ def test_bfloat16_is_kept_where_float16_would_lose(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_back(tmp_path / "m.gguf")["blk.0.ffn_up.weight"], weights[name].float().numpy())
 
 
+def test_eight_bits_become_float16_only_on_request(tmp_path: Path) -> None:
+    directory = write_gptq(tmp_path)
+    assert export([str(directory), str(tmp_path / "m.gguf"), "--eight-bit-as", "f16"]) == 0
+    expected = read_quantized_linears(directory)["model.layers.1.mlp.down_proj"].dequantize()
+    found = read_back(tmp_path / "m.gguf")["blk.1.ffn_down.weight"]
+    np.testing.assert_array_equal(found, expected.to(torch.float16).float().numpy())
+
+
 def test_embeddings_are_rounded_only_on_request(tmp_path: Path) -> None:
     source = write_plain(tmp_path / "source")
     export_gguf(source, tmp_path / "m.gguf", SilentProgress(), embeddings=Embeddings.Q8_0)
