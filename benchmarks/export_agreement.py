@@ -113,7 +113,7 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
     served = access.serving_logits(options.model)
     assert served is not None
     distances = {name: Distances() for name in ("plain", "served", "plain-served")}
-    losses = dict.fromkeys(("llama_cpp", "plain", "served"), 0.0)
+    losses: dict[str, float] = {"llama_cpp": 0.0, "plain": 0.0, "served": 0.0}
     with torch.inference_mode(), _llama_cpp(options, windows) as llama_cpp_logits:
         for index, window in enumerate(windows):
             logs = {

@@ -43,7 +43,7 @@ def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
     arguments = _parse(argv)
 
-    from quant.gptq import GptqOptions
+    from quant.gptq import ActOrder, GptqOptions
     from quant.quantize_directory import QuantizeOptions
     from serving.models import cache_directory
     from serving.preparation import prepare_source
@@ -53,7 +53,7 @@ def quantize(argv: Sequence[str]) -> int:
             bits=arguments.bits,
             group_size=arguments.group_size,
             symmetric=arguments.sym,
-            act_order=arguments.act_order,
+            act_order=ActOrder(arguments.act_order),
             damp=arguments.damp,
         ),
         eight_bit=arguments.eight_bit,
@@ -171,9 +171,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--group-size",
-        type=_positive_int,
+        type=_group_size,
         metavar="N",
-        help="inputs that share a scale (default: the largest of 128, 64, 32 that divides every layer's inputs)",
+        help="inputs that share a scale (default: the largest of 128, 64, 32 that divides every layer's inputs; "
+        "-1: all of them)",
     )
     symmetry = parser.add_mutually_exclusive_group()
     symmetry.add_argument(
@@ -183,7 +184,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--asym", dest="sym", action="store_false", help="a zero point for each group; a little better, fewer engines"
     )
     parser.add_argument(
-        "--act-order", action="store_true", help="quantise the inputs that matter most first (groups stay in order)"
+        "--act-order",
+        choices=("none", "static", "shuffled"),
+        default="none",
+        help="quantise the inputs that matter most first; alone or `=static`: groups stay in order, any engine loads "
+        "it; `=shuffled`: groups follow that order, which vLLM on a CPU and llama.cpp do not load",
     )
     parser.add_argument(
         "--damp", type=_positive_float, default=0.01, metavar="SHARE", help="of the mean Hessian diagonal (0.01)"
@@ -198,7 +203,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PCT",
         help="write nothing and exit with 1 if held-out perplexity rises by more",
     )
-    return parser.parse_args(argv)
+    # Alone it means static. Left to argparse, an optional value would swallow the MODEL that follows.
+    return parser.parse_args(["--act-order=static" if word == "--act-order" else word for word in argv])
 
 
 def _linear_names(text: str) -> tuple[str, ...]:
@@ -208,6 +214,13 @@ def _linear_names(text: str) -> tuple[str, ...]:
         if name not in known:
             raise argparse.ArgumentTypeError(f"{name!r} is no linear of a layer; these are: {', '.join(known)}")
     return names
+
+
+def _group_size(text: str) -> int:
+    value = int(text)
+    if value < 1 and value != -1:
+        raise argparse.ArgumentTypeError(f"{value} is neither positive nor -1 (one group over all inputs)")
+    return value
 
 
 def _positive_int(text: str) -> int:

@@ -154,24 +154,34 @@ def linear_rows(name: str, matrix: QuantizedMatrix) -> tuple[str, Rows]:
     rounding of at most 2⁻¹¹ of a value; BF16 or F32 where F16 would overflow. Raises CheckpointError for true
     act-order: its groups are scattered over the row, a block's numbers stand side by side.
     """
-    if getattr(matrix, "group_of_input", None) is not None:
+    group_of_block = _group_of_block(name, matrix)
+    if group_of_block is None:
+        return _plain_rows(matrix.dequantize())
+    codes = matrix.codes.numpy()
+    scales, zeros = matrix.scales.numpy()[:, group_of_block], matrix.zeros.numpy()[:, group_of_block]
+    if matrix.bits == 4 and bool((zeros == Q4_0_ZERO).all()):
+        return "Q4_0", pack_q4_0(codes, scales)
+    if matrix.bits == 4:
+        return "Q4_1", pack_q4_1(codes, scales, -scales * zeros.astype(np.float32))
+    if matrix.bits == 8 and bool((zeros == Q8_0_ZERO).all()):
+        return "Q8_0", pack_q8_0(codes, scales)
+    return _plain_rows(matrix.dequantize())
+
+
+def _group_of_block(name: str, matrix: QuantizedMatrix) -> NDArray[np.intp] | None:
+    """Which group's scale each block of a row has, (in / 32,); None where blocks and groups do not fit."""
+    groups = np.arange(matrix.in_features) // matrix.group_size
+    if matrix.group_of_input is not None:
+        groups = matrix.group_of_input.numpy().astype(np.intp)
+    if bool((np.diff(groups) < 0).any()):
         raise CheckpointError(
             f"{name} is quantised in shuffled act-order, whose groups GGUF's blocks cannot follow; quantise the source "
             "model again with --act-order (static) or without it"
         )
-    zeros = matrix.zeros.numpy()
-    if matrix.group_size % BLOCK:
-        return _plain_rows(matrix.dequantize())
-    codes = matrix.codes.numpy()
-    scales = np.repeat(matrix.scales.numpy(), matrix.group_size // BLOCK, axis=1)
-    if matrix.bits == 4 and bool((zeros == Q4_0_ZERO).all()):
-        return "Q4_0", pack_q4_0(codes, scales)
-    if matrix.bits == 4:
-        minimums = -scales * np.repeat(zeros, matrix.group_size // BLOCK, axis=1).astype(np.float32)
-        return "Q4_1", pack_q4_1(codes, scales, minimums)
-    if matrix.bits == 8 and bool((zeros == Q8_0_ZERO).all()):
-        return "Q8_0", pack_q8_0(codes, scales)
-    return _plain_rows(matrix.dequantize())
+    if matrix.in_features % BLOCK:
+        return None
+    blocks = groups.reshape(-1, BLOCK)
+    return blocks[:, 0] if bool((blocks == blocks[:, :1]).all()) else None
 
 
 def _plain_rows(values: Tensor) -> tuple[str, Rows]:

@@ -3,7 +3,7 @@
 Nothing here knows of models, files or devices. Source: arXiv:2210.17323, algorithm 1. We deviate in three places: grids
 are chosen by a short search for the least weighted error, not by the extremes alone; scales are rounded to what the
 checkpoint and the fast product can hold before errors are fed back, so the stored weight is the one compensated for;
-and act-order keeps its groups in natural order ("static groups"), so that `g_idx` stays trivial.
+and act-order can keep its groups in natural order ("static groups"), so that `g_idx` stays trivial.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS
 
 DEFAULT_GROUP_SIZES = (128, 64, 32)
+# The group size that file formats and other tools write for one group over all inputs.
+WHOLE_ROW = -1
 # Cholesky of a Hessian from few or redundant samples fails; the damping then grows by this factor, up to the limit.
 DAMP_GROWTH = 10.0
 MAX_DAMP = 10.0
@@ -32,23 +35,37 @@ LARGE_BLOCK = 128
 SMALL_BLOCK = 32
 
 
+class ActOrder(StrEnum):
+    """In which order inputs are quantised, and with it which of them share a group.
+
+    none:     as they come
+    static:   those that matter most first; groups stay runs of neighbours, fixed beforehand
+    shuffled: those that matter most first, and groups are runs of that order ("desc_act"; `g_idx` is not trivial)
+    """
+
+    NONE = "none"
+    STATIC = "static"
+    SHUFFLED = "shuffled"
+
+
 @dataclass(frozen=True, slots=True)
 class GptqOptions:
-    """`group_size` None means the largest of 128, 64, 32 that divides the inputs. `damp` is a share of the Hessian's
-    mean diagonal. `range_search` chooses each grid by its error instead of by the extremes alone."""
+    """`group_size` None means the largest of 128, 64, 32 that divides the inputs, -1 one group over all of them. `damp`
+    is a share of the Hessian's mean diagonal. `range_search` chooses each grid by its error instead of by the extremes
+    alone."""
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
-    act_order: bool = False
+    act_order: ActOrder = ActOrder.NONE
     damp: float = 0.01
     range_search: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in PACKABLE_BITS:
             raise QuantizationError(f"bits is {self.bits}; 4 and 8 are supported")
-        if self.group_size is not None and self.group_size < 1:
-            raise QuantizationError(f"group size is {self.group_size}; it must be positive")
+        if self.group_size is not None and self.group_size < 1 and self.group_size != WHOLE_ROW:
+            raise QuantizationError(f"group size is {self.group_size}; it must be positive, or -1 for all inputs")
         if not 0 < self.damp <= MAX_DAMP:
             raise QuantizationError(f"damp is {self.damp}; it must be above 0 and at most {MAX_DAMP:g}")
 
@@ -94,10 +111,11 @@ class HessianSum:
 
 
 def choose_group_size(in_sizes: Sequence[int], requested: int | None) -> int:
-    """`requested` if it divides every input size, else QuantizationError with those that do; None takes the largest."""
+    """`requested` if it divides every input size (-1 always does), else QuantizationError with those that do; None takes
+    the largest."""
     dividing = [size for size in DEFAULT_GROUP_SIZES if all(inputs % size == 0 for inputs in in_sizes)]
     if requested is not None:
-        if all(inputs % requested == 0 for inputs in in_sizes):
+        if requested == WHOLE_ROW or all(inputs % requested == 0 for inputs in in_sizes):
             return requested
         offered = ", ".join(str(size) for size in dividing) or "none of 128, 64, 32"
         raise QuantizationError(
@@ -111,6 +129,11 @@ def choose_group_size(in_sizes: Sequence[int], requested: int | None) -> int:
     return dividing[0]
 
 
+def _inputs_of_group(in_features: int, options: GptqOptions) -> int:
+    chosen = choose_group_size([in_features], options.group_size)
+    return in_features if chosen == WHOLE_ROW else chosen
+
+
 def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> GptqResult:
     """Quantise `weight` so that its outputs, not its values, change least.
 
@@ -120,7 +143,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Gp
     the Hessian positive definite.
     """
     in_features = weight.shape[1]
-    group_size = choose_group_size([in_features], options.group_size)
+    group_size = _inputs_of_group(in_features, options)
     if tuple(hessian.shape) != (in_features, in_features):
         raise ValueError(f"the Hessian must be ({in_features}, {in_features}); found {tuple(hessian.shape)}")
     original = weight.detach().to(torch.float32)
@@ -130,21 +153,26 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Gp
     importance = hessian.diagonal().clone()
     columns = original.t().contiguous()  # (in, out): one input's weights are contiguous
     columns[importance == 0] = 0.0  # never used: any value is right, and 0 costs no range
-    order = torch.argsort(importance, descending=True, stable=True) if options.act_order else torch.arange(in_features)
+    natural = torch.arange(in_features)
+    is_ordered = options.act_order is not ActOrder.NONE
+    order = torch.argsort(importance, descending=True, stable=True) if is_ordered else natural
     inverse_root, damp = inverse_cholesky(hessian[order][:, order], options.damp)
-    # With act-order the groups of neighbouring columns are apart in time, so their grids are fixed beforehand.
-    grids = _fixed_grids(columns, importance, group_size, options) if options.act_order else None
+    # Groups of neighbouring columns that are apart in time: their grids are fixed beforehand.
+    is_static = options.act_order is ActOrder.STATIC
+    grids = _fixed_grids(columns, importance, group_size, options) if is_static else None
+    group_of_column = (order if is_static else natural) // group_size
     codes, scales, zeros = _quantize_columns(
-        columns[order], importance[order], inverse_root, (order // group_size).tolist(), grids, group_size, options
+        columns[order], importance[order], inverse_root, group_of_column.tolist(), grids, group_size, options
     )
-    natural = torch.empty_like(codes)
-    natural[order] = codes
+    position = torch.argsort(order)
+    group_of_input = group_of_column[position].to(torch.int32)
     matrix = QuantizedMatrix(
-        codes=natural.t().contiguous(),
+        codes=codes[position].t().contiguous(),
         scales=scales.t().contiguous(),
         zeros=zeros.t().to(torch.uint8).contiguous(),
         bits=options.bits,
         group_size=group_size,
+        group_of_input=None if torch.equal(group_of_input, (natural // group_size).to(torch.int32)) else group_of_input,
     )
     return GptqResult(matrix=matrix, error=output_error(original, matrix, hessian), damp=damp)
 
@@ -182,7 +210,7 @@ def output_error(weight: Tensor, matrix: QuantizedMatrix, hessian: Tensor) -> fl
 
 def round_to_nearest(weight: Tensor, options: GptqOptions, importance: Tensor | None = None) -> QuantizedMatrix:
     """The same grids without error feedback: what GPTQ is measured against. importance: (in,), 1 if absent."""
-    group_size = choose_group_size([weight.shape[1]], options.group_size)
+    group_size = _inputs_of_group(weight.shape[1], options)
     columns = weight.detach().to(torch.float32).t().contiguous()
     weights = torch.ones(weight.shape[1]) if importance is None else importance
     grids = _fixed_grids(columns, weights, group_size, options)
@@ -291,7 +319,7 @@ def _quantize_columns(
 
     columns: (in, out) float32 in the order of quantisation, used up. inverse_root: (in, in) upper triangular, in the
     same order. grids: None to choose each group's grid when its first column comes, from the weights as they are then.
-    Returns codes (in, out) uint8 in the same order, scales (groups, out), zeros (groups, out) in natural group order.
+    Returns codes (in, out) uint8 in the same order, and scales and zeros, (groups, out) each, by group.
     """
     num_columns, num_rows = columns.shape
     codes = torch.empty((num_columns, num_rows), dtype=torch.uint8)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantizationError
-from quant.matrix import QuantizedMatrix
+from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
 from quant.native.linear import NativeLinear, is_native_right, why_not_native
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,8 @@ def split_codes(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """
     if matrix.bits != 8:
         raise QuantizationError(f"only 8-bit matrices are split, not {matrix.bits}-bit ones")
+    if matrix.group_of_input is not None:
+        raise QuantizationError(f"only matrices whose inputs are grouped in order are split: {SHUFFLED_GROUPS}")
     return QuantizedMatrix(
         codes=torch.cat((matrix.codes >> 4, matrix.codes & 15), dim=1),
         scales=torch.cat((matrix.scales * 16, matrix.scales), dim=1),
@@ -158,6 +160,8 @@ def why_not_int4pack(matrix: QuantizedMatrix) -> str | None:
     """None if torch's packed product takes this matrix (an 8-bit one as two of 4 bits), else the reason."""
     if matrix.bits not in (4, 8):
         return f"it takes 4 bits, or 8 as two products, not {matrix.bits}"
+    if matrix.group_of_input is not None:
+        return SHUFFLED_GROUPS
     if matrix.group_size not in INT4PACK_GROUP_SIZES:
         return f"it takes group sizes {INT4PACK_GROUP_SIZES}, not {matrix.group_size}"
     if matrix.out_features % INT4PACK_ROW_MULTIPLE:

@@ -30,9 +30,10 @@ from quant.calibration import (
     load_rows,
 )
 from quant.errors import CheckpointError, QuantizationError
-from quant.formats.autogptq import gptq_settings
-from quant.formats.autogptq_check import stored_weight
+from quant.formats.autogptq import gptq_settings, read_json
+from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
 from quant.formats.autogptq_writer import WEIGHTS_FILE, narrowed, write_checkpoint
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import QuantizedMatrix
@@ -188,11 +189,16 @@ def check_read_back(model: MeasurableModel, directory: Path, window: Tensor, pro
 
 def stored_layer(directory: Path) -> LayerTransform:
     """Exchanges a layer's quantised linears for plain ones with the weights that independent code reads from disk."""
+    names = checkpoint_names(read_json(directory / "config.json"))
 
     def transform(index: int, layer: nn.Module) -> nn.Module:
         for name, module in list(layer.named_modules()):
             if isinstance(module, QuantizedLinear):
-                weight = torch.from_numpy(stored_weight(directory / WEIGHTS_FILE, f"model.layers.{index}.{name}"))
+                place = names.stored(f"model.layers.{index}.{name}")
+                stored = stored_weight(directory / WEIGHTS_FILE, place.name)
+                if place.part is not None:
+                    stored = rows_of_head_parts(stored, place.part, names.head_dim)
+                weight = torch.from_numpy(stored)
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
                 linear.weight = nn.Parameter(weight, requires_grad=False)
                 linear.register_parameter("bias", module.bias)

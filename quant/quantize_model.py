@@ -187,7 +187,8 @@ class _Walk:
             matrices = split_rows(result.matrix, [weight.shape[0] for weight in weights])
             for key, weight, matrix in zip(keys, weights, matrices, strict=True):
                 error = output_error(weight, matrix, mean)
-                report = LinearReport(f"{prefix}.{key}", bits, matrix.group_size, error, result.damp)
+                group_size = options.group_size or matrix.group_size  # -1 stays -1
+                report = LinearReport(f"{prefix}.{key}", bits, group_size, error, result.damp)
                 made[key] = (QuantizedLinear(matrix, linears[key].bias), report)
         return {key: made[key] for key in linears}
 

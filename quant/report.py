@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
+from quant.gptq import ActOrder
 from quant.measure import Agreement
 from quant.quantize_model import LayerReport
 
 REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
+_ACT_ORDER_WORDS: Final[Mapping[ActOrder, str]] = {
+    ActOrder.NONE: "",
+    ActOrder.STATIC: ", act-order with static groups",
+    ActOrder.SHUFFLED: ", true act-order (shuffled groups)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,7 @@ class QuantizationReport:
     eight_bit: tuple[str, ...]  # linears that got 8 bits in every layer
     group_size: int
     symmetric: bool
-    act_order: bool
+    act_order: ActOrder
     damp: float
     calibration_tokens: int
     held_out_tokens: int
@@ -56,7 +63,7 @@ def write_report(directory: Path, report: QuantizationReport) -> None:
 
 def as_markdown(report: QuantizationReport) -> str:
     kind = "symmetric" if report.symmetric else "asymmetric"
-    order = ", act-order with static groups" if report.act_order else ""
+    order = _ACT_ORDER_WORDS[report.act_order]
     eight = f" (8 for {', '.join(report.eight_bit)})" if report.eight_bit else ""
     rows = [("plain (float32, dequantised)", report.plain)]
     if report.served is not None:

@@ -139,14 +139,14 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
 
 def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: ProgressSink) -> None:
     from quant.commands import quantize_directory
-    from quant.gptq import GptqOptions
+    from quant.gptq import ActOrder, GptqOptions
     from quant.quantize_directory import QuantizeOptions
 
     options = GptqOptions(
         bits=recipe.bits,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,
-        act_order=recipe.act_order,
+        act_order=ActOrder.STATIC if recipe.act_order else ActOrder.NONE,
     )
     quantize_directory(source, target, QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit), progress)
 

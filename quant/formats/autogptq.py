@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
@@ -84,10 +85,14 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
 
 
 def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Each quantised linear's name (`model.layers.0.self_attn.q_proj`) and matrix, one in memory at a time."""
+    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix.
+
+    One tensor on disk is in memory at a time; a fused one comes as the linears that it is made of.
+    """
     settings = gptq_settings(directory)
     if settings is None:
         raise CheckpointError(f"{directory}: neither config.json nor {QUANTIZE_CONFIG_FILE} says how it is quantised")
+    names = checkpoint_names(read_json(directory / "config.json"))
     file_of_tensor = locate_tensors(directory)
     with ExitStack() as stack:
         # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
@@ -101,7 +106,7 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
                 suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
                 for suffix, full in stored.items()
             }
-            yield linear, unpack_linear(linear, tensors, settings)
+            yield from names.split_matrix(linear, unpack_linear(linear, tensors, settings))
 
 
 def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:
@@ -120,11 +125,12 @@ def pack_linear(matrix: QuantizedMatrix) -> dict[str, Tensor]:
         )
     if int(matrix.zeros.min()) < 1:
         raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+    trivial = torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size
     return {
         "qweight": pack_rows(matrix.codes.t(), matrix.bits),
         "qzeros": pack_columns(matrix.zeros.t().to(torch.int64) - 1, matrix.bits),
         "scales": matrix.scales.t().to(torch.float16).contiguous(),
-        "g_idx": torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size,
+        "g_idx": trivial if matrix.group_of_input is None else matrix.group_of_input,
     }
 
 
@@ -139,12 +145,9 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     codes = unpack_columns(qweight.t(), bits)
     out_features, in_features = codes.shape
     groups = scales.shape[0]
-    if in_features % groups or scales.shape[1] != out_features:
-        raise CheckpointError(
-            f"{name}: scales {tuple(scales.shape)} do not divide {in_features} inputs of {out_features} outputs evenly"
-        )
-    group_size = in_features // groups
-    _require_trivial_groups(name, g_idx, in_features, group_size)
+    if scales.dim() != 2 or scales.shape[1] != out_features:
+        raise CheckpointError(f"{name}: scales {tuple(scales.shape)} do not fit {out_features} outputs")
+    group_size, group_of_input = _groups(name, g_idx, in_features, groups)
     if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
         raise CheckpointError(f"{name}: qzeros {tuple(qzeros.shape)} do not fit scales {tuple(scales.shape)}")
     zeros = unpack_columns(qzeros, bits)
@@ -156,6 +159,7 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
         zeros=zeros.t().contiguous(),
         bits=bits,
         group_size=group_size,
+        group_of_input=group_of_input,
     )
 
 
@@ -180,15 +184,21 @@ def _bits_from_shape(name: str, qweight: Tensor, g_idx: Tensor) -> int:
     return bits
 
 
-def _require_trivial_groups(name: str, g_idx: Tensor | None, in_features: int, group_size: int) -> None:
+def _groups(name: str, g_idx: Tensor | None, in_features: int, groups: int) -> tuple[int, Tensor | None]:
+    """The group size, and the group of each input where groups are not runs of so many neighbours."""
+    if not groups or (g_idx is None and in_features % groups):
+        raise CheckpointError(f"{name}: {groups} groups of scales do not divide {in_features} inputs evenly")
+    group_size = -(-in_features // groups)
     if g_idx is None:
-        return
-    trivial = torch.arange(in_features, dtype=torch.int64) // group_size
-    if not torch.equal(g_idx.to(torch.int64), trivial):
+        return group_size, None
+    stored = g_idx.to(torch.int32)
+    if in_features % groups == 0 and torch.equal(stored, torch.arange(in_features, dtype=torch.int32) // group_size):
+        return group_size, None
+    if not 0 <= int(stored.min()) <= int(stored.max()) < groups:
         raise CheckpointError(
-            f"{name}: g_idx reorders the inputs (desc_act=true with groups), which is not supported; "
-            "quantise with desc_act=false, or with static groups"
+            f"{name}: g_idx names groups {int(stored.min())}..{int(stored.max())}; scales hold 0..{groups - 1}"
         )
+    return int(torch.bincount(stored).max()), stored
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:

@@ -22,6 +22,12 @@ def stored_weight(file: Path, linear: str) -> NDArray[np.float32]:
     return weight_from_words(qweight, qzeros, scales, g_idx)
 
 
+def rows_of_head_parts(weight: NDArray[np.float32], part: int, head_dim: int) -> NDArray[np.float32]:
+    """Of a fused linear with rows by head, then q, k, v, then dimension: the rows of part 0, 1 or 2, (out / 3, in)."""
+    row = np.arange(weight.shape[0])
+    return np.ascontiguousarray(weight[row // head_dim % 3 == part])
+
+
 def weight_from_words(
     qweight: NDArray[np.int32], qzeros: NDArray[np.int32], scales: NDArray[np.float16], g_idx: NDArray[np.int32]
 ) -> NDArray[np.float32]:

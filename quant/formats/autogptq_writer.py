@@ -19,7 +19,8 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, pack_linear, read_json
-from quant.gptq import GptqOptions
+from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.gptq import ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,13 +42,17 @@ COPIED_FILES = (
 def write_checkpoint(
     source: Path, target: Path, matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
 ) -> None:
-    """Fill the existing directory `target`. `matrices` by linear, such as `model.layers.0.mlp.down_proj`.
+    """Fill the existing directory `target`. `matrices` by our decoder's linears (`model.layers.0.mlp.down_proj`).
 
-    Raises CheckpointError if the source has no weight for a matrix, or values that float16 cannot hold.
+    The file has the names of the source's own family, queries, keys and values fused again where it fuses them.
+    Raises CheckpointError if the source has no weight for a matrix, values that float16 cannot hold, or fused linears
+    with more than one grid.
     """
     config = read_json(source / "config.json")
+    names = checkpoint_names(config)
+    matrices = names.fuse_matrices(matrices)
     settings = quantization_config(matrices, options, group_size)
-    tensors = _plain_tensors(source, matrices)
+    tensors = _plain_tensors(source, matrices, names)
     if any(tensor.dtype is torch.float32 for tensor in tensors.values()):
         tensors = {name: narrowed(name, tensor) for name, tensor in tensors.items()}
         config.update({key: "float16" for key in ("dtype", "torch_dtype") if config.get(key) == "float32"})
@@ -71,9 +76,9 @@ def quantization_config(
         "bits": options.bits,
         "group_size": group_size,
         "sym": options.symmetric,
-        # Act-order here keeps its groups in natural order, so the file is an ordinary one without reordering.
-        "desc_act": False,
-        "static_groups": options.act_order,
+        # Static act-order keeps its groups in natural order, so the file is an ordinary one without reordering.
+        "desc_act": options.act_order is ActOrder.SHUFFLED,
+        "static_groups": options.act_order is ActOrder.STATIC,
         "damp_percent": options.damp,
         "true_sequential": True,
         "lm_head": False,
@@ -96,16 +101,17 @@ def narrowed(name: str, tensor: Tensor) -> Tensor:
     return narrow
 
 
-def _plain_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Tensor]:
-    file_of_tensor = locate_tensors(source)
-    missing = [name for name in matrices if f"{name}.weight" not in file_of_tensor]
+def _plain_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix], names: CheckpointNames) -> dict[str, Tensor]:
+    """Everything of the source that is not quantised, by the names to write it with. `matrices` by names on disk."""
+    place = {names.standard(stored): (stored, path) for stored, path in locate_tensors(source).items()}
+    missing = [name for name in matrices if f"{name}.weight" not in place]
     if missing:
         raise CheckpointError(f"{source} has no weight for {missing[0]}")
     tensors: dict[str, Tensor] = {}
-    for name, path in file_of_tensor.items():
-        if name.removesuffix(".weight") not in matrices:
+    for name, (stored, path) in place.items():
+        if name.removesuffix(".weight") not in matrices and not names.is_derived(stored):
             with safe_open(path, framework="pt") as file:
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(stored)
     return tensors
 
 

@@ -111,7 +111,8 @@ def _from_q4_k(blocks: Bytes) -> Floats:
     packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
     codes = (packed >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)) & 15  # (blocks, pair, nibble, 32)
     steps, offsets = _half(blocks[:, :2]) * scales, _half(blocks[:, 2:4]) * minimums
-    return (steps[:, :, None] * codes.reshape(-1, 8, 32) - offsets[:, :, None]).reshape(-1, 256)
+    values: Floats = steps[:, :, None] * codes.reshape(-1, 8, 32).astype(np.float32) - offsets[:, :, None]
+    return values.reshape(-1, 256)
 
 
 def _from_q6_k(blocks: Bytes) -> Floats:

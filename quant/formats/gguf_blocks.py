@@ -65,7 +65,7 @@ def permute_rows(rows: NDArray[np.generic], num_heads: int) -> NDArray[np.generi
 
 def _half_bytes(values: Floats) -> Bytes:
     """(out, blocks) -> (out, blocks, 2)."""
-    return values.astype(np.float16).view(np.uint8).reshape(*values.shape, 2)
+    return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(*values.shape, 2)
 
 
 def _nibble_pairs(codes: Bytes) -> Bytes:

@@ -212,13 +212,15 @@ def tokenizer_metadata(
     model = cast("Mapping[str, object]", definition.get("model") or {})
     pre_tokenizer = _matching_pre_tokenizer(definition, model, origin)
     tokens, types = _token_list(definition, model, vocab_size, origin)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in cast("list[str]", model["merges"])]
+    merges = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in cast("list[str | list[str]]", model["merges"])
+    ]
     metadata: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre_tokenizer.names[0],
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         "tokenizer.ggml.add_bos_token": _adds_bos(definition, origin),
     }
     eos = (*special.eos, None, None)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_QUANTIZED_MARKS = ("gptq", "4bit", "8bit")
+_PATTERNS = ("*.bin", "*.pt", "*.pth")
+# What trainers leave beside the weights.
+_OTHER_FILES = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt"})
 
 
 def pickled_hint(directory: Path) -> str:
     """A clause for the end of "DIR has no safetensors file"; empty where nothing pickled lies there."""
-    pickled = sorted(path.name for path in directory.glob("*") if path.suffix in _SUFFIXES)
-    weights = [name for name in pickled if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
-    if not weights:
+    names = {file.name for pattern in _PATTERNS for file in directory.glob(pattern)} - _OTHER_FILES
+    if not names:
         return ""
-    is_quantized = (directory / "quantize_config.json").exists() or any(
-        mark in weights[0].lower() for mark in _QUANTIZED_MARKS
+    if not _is_quantized(directory, min(names)):
+        return f"; {min(names)} is pickled, which is never read: convert it to safetensors"
+    return (
+        f"; {min(names)} is a pickled GPTQ file, which is never read, since opening one runs its author's code: "
+        "quantise the source model with `causerie quantize`, or have the tool that wrote the file write it again with "
+        "use_safetensors=True"
     )
-    cure = (
-        "load it once where you trust it, with the program that wrote it, and save it as safetensors (auto-gptq: "
-        "model.save_quantized(DIR, use_safetensors=True)), or quantise the source model with `causerie quantize`"
-        if is_quantized
-        else "convert it to safetensors (transformers: from_pretrained(DIR).save_pretrained(OUT))"
-    )
-    kind = "a pickled GPTQ checkpoint" if is_quantized else "pickled"
-    return f"; {weights[0]} is {kind}, which is never read: {cure}"
+
+
+def _is_quantized(directory: Path, name: str) -> bool:
+    """By the settings beside the file, or by a name that AutoGPTQ and its predecessors give."""
+    if (directory / "quantize_config.json").is_file() or any(mark in name.lower() for mark in ("gptq", "4bit", "8bit")):
+        return True
+    try:
+        return "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

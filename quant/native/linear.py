@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
-from quant.matrix import QuantizedMatrix
+from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
 from quant.native.library import load_library
 from quant.native.packing import BLOCK_OUTPUTS, GROUP_MULTIPLE, CMatrix, by_block, pack_codes
 
@@ -30,6 +30,8 @@ def why_not_native(matrix: QuantizedMatrix) -> str | None:
     """None if the native product takes this matrix, else the reason."""
     if matrix.bits not in (4, 8):
         return f"it takes 4 and 8 bits, not {matrix.bits}"
+    if matrix.group_of_input is not None:
+        return SHUFFLED_GROUPS
     if matrix.group_size % GROUP_MULTIPLE:
         return f"it takes group sizes that are multiples of {GROUP_MULTIPLE}, not {matrix.group_size}"
     if matrix.out_features % BLOCK_OUTPUTS:

@@ -24,7 +24,10 @@ class DecodeGroup:
 
     rows: torch.Tensor  # (sequences,) int64, rows of the batch
     block_table: torch.Tensor  # (sequences, blocks) int64, padded with block 0
-    is_context: torch.Tensor  # (sequences, 1, 1, blocks * BLOCK_SIZE) bool, True where there is a token to attend to
+    contexts: torch.Tensor  # (sequences,) int64, tokens to attend to
+    # (sequences, 1, 1, blocks * BLOCK_SIZE) bool, True where there is a token to attend to; with ALiBi what is added to
+    # the scores, (sequences, kv heads, query heads of each, blocks * BLOCK_SIZE), -inf elsewhere
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,9 @@ class Span:
     context: int  # tokens to attend to for the last row, itself included
     first_slot: int | None
     block_table: torch.Tensor  # (1, blocks) int64
-    is_visible: (
-        torch.Tensor | None
-    )  # (rows, context) bool, True where a row may look; None if it is plain causal or one row
+    # (rows, context) bool, True where a row may look; None if it is plain causal or one row. With ALiBi always there,
+    # what is added to the scores: (kv heads, query heads of each, rows, context), of one row with a 1 in front instead
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +96,16 @@ def _split(chunks: Items[Chunk], first_rows: Items[int]) -> tuple[list[DecodeGro
 def _span(chunk: Chunk, first_row: int) -> Span:
     blocks = chunk.sequence.blocks[: blocks_for(chunk.end)]
     is_run = all(after - before == 1 for before, after in pairwise(blocks))
-    is_visible = None
+    mask = None
     if chunk.num_tokens > 1 and chunk.start > 0:
-        is_visible = torch.arange(chunk.end) <= torch.arange(chunk.start, chunk.end).unsqueeze(1)
+        mask = torch.arange(chunk.end) <= torch.arange(chunk.start, chunk.end).unsqueeze(1)
     return Span(
         first_row=first_row,
         num_rows=chunk.num_tokens,
         context=chunk.end,
         first_slot=blocks[0] * BLOCK_SIZE if is_run else None,
         block_table=torch.tensor([blocks]),
-        is_visible=is_visible,
+        mask=mask,
     )
 
 
@@ -117,7 +120,8 @@ def _decode_group(members: Items[tuple[Chunk, int]]) -> DecodeGroup:
     return DecodeGroup(
         rows=torch.tensor([row for _, row in members]),
         block_table=table,
-        is_context=is_context.view(len(members), 1, 1, -1),
+        contexts=contexts,
+        mask=is_context.view(len(members), 1, 1, -1),
     )
 
 

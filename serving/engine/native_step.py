@@ -178,6 +178,8 @@ def why_no_native_step(spec: DecoderSpec, layers: Sequence[PreparedLayer]) -> st
     form = (spec.norm, spec.block, spec.positions, spec.activation)
     if form != _ONE_FORM:
         return "form_" + "_".join(form)
+    if spec.num_turned != spec.head_dim or spec.mlp_bias or spec.embedding_norm:
+        return f"form_turned_{spec.num_turned}_mlp_bias_{spec.mlp_bias}_embedding_norm_{spec.embedding_norm}"
     if spec.head_dim % _HEAD_DIM_MULTIPLE or spec.head_dim > _MAX_HEAD_DIM:
         return f"head_dim_{spec.head_dim}"
     if spec.hidden_size % _WIDTH_MULTIPLE or spec.intermediate_size % _WIDTH_MULTIPLE:

@@ -34,21 +34,23 @@ class PreparedRmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class PreparedLayerNorm:
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight."""
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
 
     weight: Tensor  # (width,) float32
+    bias: Tensor | None  # (width,) float32
     eps: float
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, None, self.eps).to(dtype)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(dtype)
 
 
 def prepare_norm(norm: nn.Module, spec: DecoderSpec) -> PreparedNorm:
     """A copy: the module's own weight may go on being trained."""
-    weight = norm.weight
+    weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     wide = weight.detach().to(torch.float32, copy=True)
     if not isinstance(norm, RmsNorm):
-        return PreparedLayerNorm(wide, spec.norm_eps)
+        shift = bias.detach().to(torch.float32, copy=True) if isinstance(bias, Tensor) else None
+        return PreparedLayerNorm(wide, shift, spec.norm_eps)
     width = weight.shape[0]
     return PreparedRmsNorm(wide * width**0.5, torch.tensor((width * spec.norm_eps) ** 0.5))

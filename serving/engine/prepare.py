@@ -8,7 +8,7 @@ copies weights in training, for roll-outs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -28,13 +28,13 @@ from quant.int4_linear import (
     build_kernel,
     probe_kernel,
 )
-from quant.matrix import concat_rows
+from quant.matrix import concat_rows, have_equal_groups
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
 from serving.engine.native_step import NativeStep, build_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
-from serving.model.attention import ROTARY_FORMS, RotaryForm, rotary_frequencies, rotary_tables
-from serving.model.spec import DecoderSpec
-from serving.model.transformer import Decoder, DecoderLayer
+from serving.model.attention import ROTARY_FORMS, RotaryForm, alibi_slopes, rotary_frequencies, rotary_tables
+from serving.model.spec import DecoderSpec, Positions
+from serving.model.transformer import ACTIVATIONS, ActivationForm, Decoder, DecoderLayer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class FusedLinear:
 
 @dataclass(frozen=True, slots=True)
 class PreparedLayer:
-    """`post_attention_norm` is None in a parallel block: attention and feed-forward read one normed input."""
+    """`post_attention_norm` is None where attention and feed-forward read one normed input."""
 
     input_norm: PreparedNorm
     post_attention_norm: PreparedNorm | None
@@ -61,8 +61,9 @@ class PreparedLayer:
     k_norm: PreparedNorm | None
     qkv: FusedLinear
     out: FusedLinear
-    gate_up: FusedLinear
+    gate_up: FusedLinear  # the second projection alone where the activation has no gate
     down: FusedLinear
+    is_parallel: bool  # feed-forward reads the layer's input, not attention's result
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,13 @@ class PreparedModel:
     spec: DecoderSpec
     layers: Sequence[PreparedLayer]
     embedding: Tensor  # (vocabulary, hidden) in dtype
+    embedding_norm: PreparedNorm | None
+    activation: ActivationForm
     final_norm: PreparedNorm
     head: Callable[[Tensor], Tensor]  # (rows, hidden) in dtype -> logits (rows, vocabulary) float32
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, signed sin (tokens, head dim) fp32
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (tokens,) -> cos, signed sin (tokens, turned) fp32
     rotary_form: RotaryForm
+    alibi_slopes: Tensor | None  # (kv heads, query heads of each) float32, where distance lowers the scores
     dtype: torch.dtype
     is_exact: bool
     kernel_name: KernelName
@@ -116,15 +120,19 @@ def _prepare(
             head_weight = embedding
         else:
             head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
+        embedding_norm = decoder.model.embed_norm
         layers = [_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)]
         return PreparedModel(
             spec=spec,
             layers=layers,
             embedding=embedding,
+            embedding_norm=None if embedding_norm is None else prepare_norm(embedding_norm, spec),
+            activation=ACTIVATIONS[spec.activation],
             final_norm=prepare_norm(decoder.model.norm, spec),
             head=_prepare_head(head_weight, spec.logit_scale, kernel_name, is_exact=is_exact),
             rotary=partial(rotary_tables, rotary_form, rotary_frequencies(spec, torch.device("cpu"))),
             rotary_form=rotary_form,
+            alibi_slopes=_ALIBI_SLOPES[spec.positions](spec),
             dtype=dtype,
             is_exact=is_exact,
             kernel_name=kernel_name,
@@ -151,15 +159,31 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
         k_norm=None if attention.k_norm is None else prepare_norm(attention.k_norm, spec),
         qkv=fuse("self_attn", "q_proj", "k_proj", "v_proj"),
         out=fuse("self_attn", "o_proj"),
-        gate_up=fuse("mlp", "gate_proj", "up_proj"),
+        gate_up=fuse("mlp", *(("up_proj",) if mlp.gate_proj is None else ("gate_proj", "up_proj"))),
         down=fuse("mlp", "down_proj"),
+        is_parallel=layer.is_parallel,
     )
+
+
+def _no_slopes(spec: DecoderSpec) -> None:
+    return None
+
+
+def _slopes_of_shared_heads(spec: DecoderSpec) -> Tensor:
+    return alibi_slopes(spec.num_heads).view(spec.num_kv_heads, -1)
+
+
+_ALIBI_SLOPES: Mapping[Positions, Callable[[DecoderSpec], Tensor | None]] = {
+    Positions.ROTARY_HALVES: _no_slopes,
+    Positions.ROTARY_INTERLEAVED: _no_slopes,
+    Positions.ALIBI: _slopes_of_shared_heads,
+}
 
 
 def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
     bias = _stack_bias(linears)
     matrices = [linear.matrix for linear in linears if isinstance(linear, QuantizedLinear)]
-    if len(matrices) == len(linears) and len({(m.bits, m.group_size) for m in matrices}) == 1:
+    if len(matrices) == len(linears) and have_equal_groups(matrices):
         return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
     weights = [_plain_weight(linear, dtype) for linear in linears]
     return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from serving.engine.adapters import AdapterRows, add_deltas
+from serving.engine.alibi import with_alibi
 from serving.engine.batch import DecodeGroup, Span, StepBatch, build_batch
 from serving.engine.kv_blocks import KVCache
 from serving.engine.prepare import FusedLinear, PreparedLayer, PreparedModel
 from serving.engine.scheduler import Chunk
 from serving.model.attention import RotaryForm
 from serving.model.spec import DecoderSpec
+from serving.model.transformer import ActivationForm
 
 
 def run_chunks(model: PreparedModel, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
@@ -48,14 +50,18 @@ def _by_chunk(chunks: Sequence[Chunk], hidden: Tensor) -> dict[int, Tensor]:
 def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:
     """Hidden states after the final norm, (rows, hidden) in the model's dtype. Writes every row's key and value."""
     hidden = functional.embedding(batch.ids, model.embedding).to(torch.float32)  # the residual stream stays float32
+    if model.embedding_norm is not None:
+        hidden = model.embedding_norm(hidden, torch.float32)
     rotary = _rotary_tables(model, batch.positions)
+    if model.alibi_slopes is not None:
+        batch = with_alibi(batch, model.alibi_slopes, model.dtype)
     for index, layer in enumerate(model.layers):
         hidden = _run_layer(model, layer, index, cache, batch, hidden, rotary)
     return model.final_norm(hidden, model.dtype)
 
 
 def _rotary_tables(model: PreparedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, each (rows, 1, head dim) in the model's dtype, for `_rotate`."""
+    """cos and signed sin, each (rows, 1, turned) in the model's dtype, for `_rotate`."""
     cos, signed_sin = model.rotary(positions)
     return cos.to(model.dtype).unsqueeze(1), signed_sin.to(model.dtype).unsqueeze(1)
 
@@ -74,14 +80,23 @@ def _run_layer(
     normed = layer.input_norm(hidden, model.dtype)
     qkv = _apply(layer.qkv, normed, adapters)
     queries = _rotate_and_store(model, layer, index, cache, batch, qkv, rotary)
-    attended = _attend(cache, index, batch, queries, spec)
-    hidden = hidden.add_(_apply(layer.out, attended, adapters))
-    if layer.post_attention_norm is not None:
+    attended = _apply(layer.out, _attend(cache, index, batch, queries, spec), adapters)
+    # A feed-forward beside attention reads the input before anything is added to it.
+    if layer.is_parallel and layer.post_attention_norm is not None:
         normed = layer.post_attention_norm(hidden, model.dtype)
-    gate_up = _apply(layer.gate_up, normed, adapters)
-    gate, up = gate_up.chunk(2, dim=-1)
-    activated = functional.silu(gate).mul_(up)
+    hidden = hidden.add_(attended)
+    if not layer.is_parallel and layer.post_attention_norm is not None:
+        normed = layer.post_attention_norm(hidden, model.dtype)
+    activated = _activate(model.activation, _apply(layer.gate_up, normed, adapters))
     return hidden.add_(_apply(layer.down, activated, adapters))
+
+
+def _activate(form: ActivationForm, gate_up: Tensor) -> Tensor:
+    """(rows, gate and inner) where there is a gate, else (rows, inner) -> (rows, inner)."""
+    if not form.is_gated:
+        return form.function(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return form.function(gate).mul_(up)
 
 
 def _apply(linear: FusedLinear, x: Tensor, adapters: Sequence[AdapterRows]) -> Tensor:
@@ -115,9 +130,10 @@ def _rotate_and_store(
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, form: RotaryForm) -> None:
-    """x * cos + partner * signed sin in place. x: (rows, heads, head dim)."""
-    partner = form.partner(x)
-    x.mul_(cos).addcmul_(partner, signed_sin)
+    """x * cos + partner * signed sin in place, for a head's first dimensions. x: (rows, heads, head dim)."""
+    turned = x[..., : cos.shape[-1]]
+    partner = form.partner(turned)
+    turned.mul_(cos).addcmul_(partner, signed_sin)
 
 
 def _attend(cache: KVCache, index: int, batch: StepBatch, queries: Tensor, spec: DecoderSpec) -> Tensor:
@@ -138,7 +154,7 @@ def _attend_group(cache: KVCache, index: int, group: DecodeGroup, queries: Tenso
     keys, values = cache.read_blocks(index, group.block_table)
     # The query heads that share a key head stand where a longer query would: no key is repeated.
     grouped = queries.index_select(0, group.rows).unflatten(1, (spec.num_kv_heads, -1))
-    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.is_context)
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask)
     return attended.flatten(1)
 
 
@@ -151,7 +167,9 @@ def _attend_span(cache: KVCache, index: int, span: Span, queries: Tensor, spec: 
         keys, values = padded_keys[0, :, : span.context], padded_values[0, :, : span.context]
     if span.num_rows == 1:
         grouped = queries.unflatten(1, (spec.num_kv_heads, -1))  # (1, kv heads, group, head dim)
-        return functional.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0))
+        return functional.scaled_dot_product_attention(
+            grouped, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=span.mask
+        )
     group_size = spec.num_heads // spec.num_kv_heads
     grouped = queries.unflatten(1, (spec.num_kv_heads, group_size)).permute(1, 2, 0, 3)
     shape = (spec.num_kv_heads, group_size, span.context, spec.head_dim)
@@ -159,7 +177,7 @@ def _attend_span(cache: KVCache, index: int, span: Span, queries: Tensor, spec: 
         grouped,
         keys.unsqueeze(1).expand(shape),
         values.unsqueeze(1).expand(shape),
-        attn_mask=span.is_visible,
-        is_causal=span.is_visible is None,
+        attn_mask=span.mask,
+        is_causal=span.mask is None,
     )  # (kv heads, group, rows, head dim)
     return attended.permute(2, 0, 1, 3)

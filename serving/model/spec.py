@@ -18,24 +18,27 @@ from quant.errors import CheckpointError
 class Norm(StrEnum):
     RMS = "rms"
     LAYER = "layer"
+    LAYER_WITH_BIAS = "layer_with_bias"
 
 
 class BlockForm(StrEnum):
     SEQUENTIAL = "sequential"  # attention, then feed-forward on its result
     PARALLEL = "parallel"  # both read the same normed input: PaLM
+    PARALLEL_TWO_NORMS = "parallel_two_norms"  # both read the layer's input, each through its own norm: GPT-NeoX
 
 
 class Positions(StrEnum):
-    ROTARY_HALVES = "rotary_halves"  # dimension i turns with i + head_dim / 2
+    ROTARY_HALVES = "rotary_halves"  # dimension i turns with i + rotary_dims / 2
     ROTARY_INTERLEAVED = "rotary_interleaved"  # dimension 2i turns with 2i + 1: PaLM
-    ALIBI = "alibi"  # BLOOM
+    ALIBI = "alibi"  # nothing turns; scores fall with the distance, in each head at its own rate: BLOOM
 
 
 class Activation(StrEnum):
-    """Of the feed-forward part; the gated ones multiply by a second projection."""
+    """Of the feed-forward part; SwiGLU multiplies by a second projection, the others have one."""
 
     SWIGLU = "swiglu"
-    GELU = "gelu"
+    GELU = "gelu"  # by the error function
+    GELU_TANH = "gelu_tanh"  # its approximation by tanh
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,16 @@ class DecoderSpec:
     tied_embeddings: bool
     max_positions: int  # already cut to the attention window where layers slide: up to it a window changes nothing
     logit_scale: float = 1.0  # what the head's output is multiplied by
+    rotary_dims: int | None = None  # how many of a head's dimensions turn, from its first; None: all
+    mlp_bias: bool = False
+    embedding_norm: bool = False
+
+    @property
+    def num_turned(self) -> int:
+        """Dimensions of a head that its position turns: 0 with ALiBi."""
+        if self.positions is Positions.ALIBI:
+            return 0
+        return self.head_dim if self.rotary_dims is None else self.rotary_dims
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
@@ -82,6 +95,10 @@ class DecoderSpec:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise CheckpointError(f"head_dim must be even for rotary positions; found {self.head_dim}")
+        if self.num_turned % 2 or not 0 <= self.num_turned <= self.head_dim:
+            raise CheckpointError(
+                f"rotary dimensions must be an even number up to head_dim ({self.head_dim}); found {self.num_turned}"
+            )
         if not 0 < self.logit_scale < math.inf:
             raise CheckpointError(f"logit_scale must be a positive number; found {self.logit_scale}")
 
@@ -121,6 +138,10 @@ class _ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int):
             raise CheckpointError(f"config.json: {key} must be a whole number; found {value!r}")
         return value
+
+    def first_integer(self, *keys: str) -> int:
+        """Of an option that has had several names: the first that is there."""
+        return self.integer(next((key for key in keys if self.get(key) is not None), keys[0]))
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key)
@@ -197,8 +218,92 @@ def _cohere(config: _ConfigReader) -> DecoderSpec:
     )
 
 
+def _bloom(config: _ConfigReader) -> DecoderSpec:
+    """ALiBi (arXiv:2108.12409), biases everywhere, a norm after the embeddings (arXiv:2211.05100, section 3.2)."""
+    config.refuse_unless("apply_residual_connection_post_layernorm", False)
+    hidden_size = config.first_integer("hidden_size", "n_embed")
+    num_heads = config.first_integer("n_head", "num_attention_heads")
+    return DecoderSpec(
+        family="bloom",
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("n_inner", 4 * hidden_size),
+        num_layers=config.first_integer("n_layer", "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=_even_share(hidden_size, num_heads),
+        norm=Norm.LAYER_WITH_BIAS,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        block=BlockForm.SEQUENTIAL,
+        positions=Positions.ALIBI,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        activation=Activation.GELU_TANH,
+        qkv_bias=True,
+        out_bias=True,
+        qk_norm=False,
+        tied_embeddings=config.flag("tie_word_embeddings", default=True),
+        max_positions=config.integer("seq_length", _BLOOM_TRAINED_TOKENS),
+        mlp_bias=True,
+        embedding_norm=True,
+    )
+
+
+def _gpt_neox(config: _ConfigReader) -> DecoderSpec:
+    """Both blocks beside each other with a norm each, and rotary positions on a quarter of a head: arXiv:2204.06745."""
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    head_dim = _even_share(hidden_size, num_heads)
+    name = config.get("hidden_act") or "gelu"
+    if not isinstance(name, str) or name not in _NEOX_ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: hidden_act = {name!r} is not supported; {', '.join(_NEOX_ACTIVATIONS)} are"
+        )
+    share = _rope_section(config).number("partial_rotary_factor", config.number("rotary_pct", 0.25))
+    rope_theta, rope_scaling = _rope(config, config.number("rotary_emb_base", 10_000.0))
+    if rope_scaling is not None:
+        raise CheckpointError("config.json: scaled rotary positions are not supported for GPT-NeoX")
+    bias = config.flag("attention_bias", default=True)
+    is_parallel = config.flag("use_parallel_residual", default=True)
+    return DecoderSpec(
+        family="gpt_neox",
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        norm=Norm.LAYER_WITH_BIAS,
+        norm_eps=config.number("layer_norm_eps", 1e-5),
+        block=BlockForm.PARALLEL_TWO_NORMS if is_parallel else BlockForm.SEQUENTIAL,
+        positions=Positions.ROTARY_HALVES,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        activation=_NEOX_ACTIVATIONS[name],
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=False,
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        max_positions=config.integer("max_position_embeddings"),
+        rotary_dims=int(head_dim * share),
+        mlp_bias=True,
+    )
+
+
+# BLOOM's config need not say how long its training texts were; ALiBi goes further, at a quality nobody measured here.
+_BLOOM_TRAINED_TOKENS = 2048
+# transformers' names; `gelu_fast` and `gelu_new` are the tanh form with its constant written in two ways.
+_NEOX_ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": Activation.GELU,
+    "gelu_python": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+}
 _FAMILIES: Mapping[str, Callable[[_ConfigReader], DecoderSpec]] = {
+    "BloomForCausalLM": _bloom,
     "CohereForCausalLM": _cohere,
+    "GPTNeoXForCausalLM": _gpt_neox,
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
@@ -221,6 +326,8 @@ def _spec(
     """What the Llama-like families have in common, and a family's own choices."""
     config.refuse_unless("hidden_act", "silu")
     config.refuse_unless("rope_interleaved", False)
+    for part in (config, _rope_section(config)):
+        part.refuse_unless("partial_rotary_factor", 1)
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if head_dim is None:
         head_dim = config.integer("head_dim", hidden_size // max(num_heads, 1))
@@ -250,11 +357,15 @@ def _spec(
     )
 
 
+def _even_share(hidden_size: int, num_heads: int) -> int:
+    if num_heads < 1 or hidden_size % num_heads:
+        raise CheckpointError(f"config.json: {num_heads} heads do not divide a hidden size of {hidden_size} evenly")
+    return hidden_size // num_heads
+
+
 def _rope(config: _ConfigReader, default_theta: float) -> tuple[float, RopeScaling | None]:
     """Base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
-    section = config.section("rope_parameters") or config.section("rope_scaling") or _ConfigReader({})
-    for part in (config, section):
-        part.refuse_unless("partial_rotary_factor", 1)
+    section = _rope_section(config)
     if section.has_sections():
         raise CheckpointError("config.json: rotary parameters that differ between layers are not supported")
     theta = section.number("rope_theta", config.number("rope_theta", default_theta))
@@ -271,6 +382,10 @@ def _rope(config: _ConfigReader, default_theta: float) -> tuple[float, RopeScali
             "original_max_position_embeddings", config.integer("max_position_embeddings")
         ),
     )
+
+
+def _rope_section(config: _ConfigReader) -> _ConfigReader:
+    return config.section("rope_parameters") or config.section("rope_scaling") or _ConfigReader({})
 
 
 def _mistral_window(config: _ConfigReader) -> int | None:

@@ -1,24 +1,32 @@
 """The decoder itself, plain and differentiable: the reference of the engine, and the module that training trains.
 
-Modules and parameters carry Hugging Face's names, so a checkpoint loads without renaming and adapters load elsewhere.
-What differs between families is read from the spec when modules are built; a forward never asks for the family.
+Modules and parameters carry the names that Llama's have at Hugging Face, so most checkpoints load without renaming and
+adapters load elsewhere; `quant.formats.checkpoint_names` translates other families' names. What differs between
+families is read from the spec when modules are built; a forward never asks for the family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.errors import CheckpointError
-from serving.model.attention import ROTARY_FORMS, apply_rotary, causal_attention, rotary_frequencies, rotary_tables
-from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
+from serving.model.attention import (
+    POSITION_BIASES,
+    ROTARY_FORMS,
+    apply_rotary,
+    causal_attention,
+    rotary_frequencies,
+    rotary_tables,
+)
+from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm
 
 _EMBEDDING_STD = 0.02
-_IMPLEMENTED = (*Norm, *BlockForm, Positions.ROTARY_HALVES, Positions.ROTARY_INTERLEAVED, Activation.SWIGLU)
 
 
 class RmsNorm(nn.Module):
@@ -36,19 +44,35 @@ class RmsNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Without a bias: centre, divide by the standard deviation and scale, all in float32."""
+    """Centre, divide by the standard deviation, scale and, where there is a bias, shift, all in float32."""
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, size: int, eps: float, *, has_bias: bool = False, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if has_bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(torch.float32)
-        return functional.layer_norm(x.to(torch.float32), weight.shape, weight, None, self.eps).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(torch.float32)
+        return functional.layer_norm(x.to(torch.float32), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
-_NORMS: Mapping[Norm, type[RmsNorm | LayerNorm]] = {Norm.RMS: RmsNorm, Norm.LAYER: LayerNorm}
+class _BuildNorm(Protocol):
+    def __call__(
+        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
+    ) -> RmsNorm | LayerNorm: ...
+
+
+_NORMS: Mapping[Norm, _BuildNorm] = {
+    Norm.RMS: RmsNorm,
+    Norm.LAYER: LayerNorm,
+    Norm.LAYER_WITH_BIAS: partial(LayerNorm, has_bias=True),
+}
 
 
 class Attention(nn.Module):
@@ -65,6 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = spec.head_dim
         self.rotary_form = ROTARY_FORMS[spec.positions]
+        self.position_bias = POSITION_BIASES[spec.positions]
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
@@ -75,11 +100,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        mixed = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (batch, heads, seq, dim)
+        bias = self.position_bias(q)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mixed = causal_attention(q, k, v, bias)  # (batch, heads, seq, dim)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., hidden) and `Decoder.rotary`'s tables (..., head_dim) -> normed and turned q, k, and v.
+        """x (..., hidden) and `Decoder.rotary`'s tables (..., turned) -> normed and turned q, k, and v.
 
         Each is (..., heads, head_dim).
         """
@@ -92,41 +119,69 @@ class Attention(nn.Module):
         return apply_rotary(self.rotary_form, q, cos, sin), apply_rotary(self.rotary_form, k, cos, sin), v
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationForm:
+    """`function` is of the gate's output where there is one, which then multiplies the second projection's."""
+
+    is_gated: bool
+    function: Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS: Mapping[Activation, ActivationForm] = {
+    Activation.SWIGLU: ActivationForm(is_gated=True, function=functional.silu),
+    Activation.GELU: ActivationForm(is_gated=False, function=functional.gelu),
+    Activation.GELU_TANH: ActivationForm(is_gated=False, function=partial(functional.gelu, approximate="tanh")),
+}
+
+
 class FeedForward(nn.Module):
-    gate_proj: nn.Module
+    """`gate_proj` is None where the activation has no gate."""
+
+    gate_proj: nn.Module | None
     up_proj: nn.Module
     down_proj: nn.Module
 
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
-        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
-        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype, device=device)
+        form = ACTIVATIONS[spec.activation]
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=spec.mlp_bias, dtype=dtype, device=device)
+
+        self.activation = form.function
+        self.gate_proj = linear(spec.hidden_size, spec.intermediate_size) if form.is_gated else None
+        self.up_proj = linear(spec.hidden_size, spec.intermediate_size)
+        self.down_proj = linear(spec.intermediate_size, spec.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        return self.down_proj(inner)
 
 
 class DecoderLayer(nn.Module):
-    """`post_attention_layernorm` is None in a parallel block: both halves read `input_layernorm`'s output."""
+    """Adds attention and feed-forward to its input; in a parallel block both read that input.
+
+    `post_attention_layernorm` is the feed-forward's own norm, None where it reads `input_layernorm`'s output.
+    """
 
     post_attention_layernorm: RmsNorm | LayerNorm | None
 
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
+        self.is_parallel = spec.block is not BlockForm.SEQUENTIAL
         self.input_layernorm = _hidden_norm(spec, dtype=dtype, device=device)
         self.self_attn = Attention(spec, dtype=dtype, device=device)
-        is_sequential = spec.block is BlockForm.SEQUENTIAL
-        self.post_attention_layernorm = _hidden_norm(spec, dtype=dtype, device=device) if is_sequential else None
+        shares_norm = spec.block is BlockForm.PARALLEL
+        self.post_attention_layernorm = None if shares_norm else _hidden_norm(spec, dtype=dtype, device=device)
         self.mlp = FeedForward(spec, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, cos, sin)
+        attended = hidden + self.self_attn(normed, cos, sin)
         if self.post_attention_layernorm is not None:
-            normed = self.post_attention_layernorm(hidden)
-        return hidden + self.mlp(normed)
+            normed = self.post_attention_layernorm(hidden if self.is_parallel else attended)
+        return attended + self.mlp(normed)
 
 
 class Trunk(nn.Module):
@@ -135,6 +190,7 @@ class Trunk(nn.Module):
     def __init__(self, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.embed_tokens = _embedding(spec, dtype=dtype, device=device)
+        self.embed_norm = _hidden_norm(spec, dtype=dtype, device=device) if spec.embedding_norm else None
         self.layers = nn.ModuleList(DecoderLayer(spec, dtype=dtype, device=device) for _ in range(spec.num_layers))
         self.norm = _hidden_norm(spec, dtype=dtype, device=device)
 
@@ -151,7 +207,6 @@ class Decoder(nn.Module):
         self, spec: DecoderSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__()
-        _require_implemented(spec)
         self.spec = spec
         self.model = Trunk(spec, dtype=dtype, device=device)
         self.lm_head = (
@@ -169,11 +224,12 @@ class Decoder(nn.Module):
         return (cast("DecoderLayer", layer) for layer in self.model.layers)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (...) integers -> (..., hidden)."""
-        return self.model.embed_tokens(ids)
+        """ids (...) integers -> (..., hidden), normed where the family norms its embeddings."""
+        hidden = self.model.embed_tokens(ids)
+        return hidden if self.model.embed_norm is None else self.model.embed_norm(hidden)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, signed sin) of integer positions (...), each (..., head_dim) float32."""
+        """(cos, signed sin) of integer positions (...), each (..., turned) float32; `turned` is 0 with ALiBi."""
         # Computed at each call: as a buffer the frequencies would be rounded by .to(bfloat16) and lost by to_empty().
         form = ROTARY_FORMS[self.spec.positions]
         return rotary_tables(form, rotary_frequencies(self.spec, positions.device), positions)
@@ -214,9 +270,3 @@ def _embedding(spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | 
     if not weight.is_meta:
         nn.init.normal_(weight, std=_EMBEDDING_STD)
     return nn.Embedding.from_pretrained(weight, freeze=False)
-
-
-def _require_implemented(spec: DecoderSpec) -> None:
-    for form in (spec.norm, spec.block, spec.positions, spec.activation):
-        if form not in _IMPLEMENTED:
-            raise CheckpointError(f"{type(form).__name__} {form.value!r} is not implemented")

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import gptq_settings, is_packed_tensor, iterate_quantized_linears
+from quant.formats.autogptq import (
+    gptq_settings,
+    is_packed_tensor,
+    iterate_quantized_linears,
+)
+from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.pickled import pickled_hint
+from quant.formats.safetensors_header import check_safetensors
 from quant.int4_linear import QuantizedLinear
 from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
@@ -27,9 +34,16 @@ from serving.model.transformer import Decoder
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Old Llama checkpoints store the rotary frequencies; they follow from the config.
-_DERIVED_SUFFIX = "rotary_emb.inv_freq"
 _NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one of the decoder's tensors lies. `part`: 0, 1, 2 for the queries, keys, values of a fused one."""
+
+    file: Path
+    stored: str
+    part: int | None
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -53,15 +67,18 @@ def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32) -> Deco
     if is_quantized:
         _insert_quantized_linears(decoder, directory)
         file_of_tensor = {name: file for name, file in file_of_tensor.items() if not is_packed_tensor(name)}
+    names = checkpoint_names(read_config(directory))
+    places = _places(file_of_tensor, names)
     expected = dict(decoder.state_dict())
-    unexpected = _unexpected_names(file_of_tensor, expected, tied=decoder.spec.tied_embeddings)
+    unexpected = _unexpected_names(places, expected, tied=decoder.spec.tied_embeddings)
     if is_quantized:
-        unexpected = [name for name in unexpected if not _is_zero_bias(name, file_of_tensor[name])]
-    _refuse_names("has tensors that the model lacks", unexpected, directory)
-    _refuse_names("lacks tensors", [name for name in expected if name not in file_of_tensor], directory)
-    for file in sorted({file_of_tensor[name] for name in expected}):
-        names = [name for name in expected if file_of_tensor[name] == file]
-        decoder.load_state_dict(_read_tensors(file, names, expected, dtype), strict=False, assign=True)
+        unexpected = [name for name in unexpected if not _is_zero_bias(name, places[name])]
+    _refuse_names("has tensors that the model lacks", [places[name].stored for name in unexpected], directory)
+    missing = [names.stored(name).name for name in expected if name not in places]
+    _refuse_names("lacks tensors", list(dict.fromkeys(missing)), directory)
+    for file in sorted({places[name].file for name in expected}):
+        wanted = {name: places[name] for name in expected if places[name].file == file}
+        decoder.load_state_dict(_read_tensors(file, wanted, names, expected, dtype), strict=False, assign=True)
     return decoder.eval()
 
 
@@ -74,6 +91,7 @@ def decoder_from_tensors(config: Mapping[str, object], tensors: Mapping[str, Ten
     """
     decoder = Decoder(spec_from_config(config), dtype=dtype, device="meta")
     expected = dict(decoder.state_dict())
+    tensors = checkpoint_names(config).split_tensors(tensors)
     unexpected = _unexpected_names(tensors, expected, tied=decoder.spec.tied_embeddings)
     _refuse_names("have names that the model lacks", unexpected, "these weights")
     _refuse_names("lack tensors", [name for name in expected if name not in tensors], "these weights")
@@ -88,10 +106,14 @@ def decoder_from_tensors(config: Mapping[str, object], tensors: Mapping[str, Ten
 
 
 def save_decoder(decoder: Decoder, directory: Path, config: Mapping[str, object]) -> None:
-    """Write plain weights and config.json. CheckpointError if a linear is quantised: those have their own writer."""
+    """Write plain weights by the names of config's family, and config.json.
+
+    Raises CheckpointError if a linear is quantised: those have their own writer.
+    """
     quantized = [name for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)]
     _refuse_names("cannot be written as plain weights; it has quantised linears", quantized, directory)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
+    plain = {name: tensor.detach().contiguous() for name, tensor in decoder.state_dict().items()}
+    tensors = checkpoint_names(config).fuse_tensors(plain)
     directory.mkdir(parents=True, exist_ok=True)
     # Written beside and moved: the decoder may be mapped from the very file it replaces.
     partial = directory / f"{WEIGHTS_FILE}.partial"
@@ -102,24 +124,40 @@ def save_decoder(decoder: Decoder, directory: Path, config: Mapping[str, object]
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded checkpoint or from the one file there is."""
+    """Which file holds each tensor, from the index of a sharded checkpoint or from the one file there is.
+
+    Names are those on disk. Raises CheckpointError for files whose headers do not describe them.
+    """
     index = directory / INDEX_FILE
     if index.exists():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map must map tensor names to files")
-        return {
+        file_of_tensor = {
             str(name): _shard_path(directory, str(file))
             for name, file in cast("dict[object, object]", weight_map).items()
         }
+        headers = {path: check_safetensors(path) for path in sorted(set(file_of_tensor.values()))}
+        for name, path in file_of_tensor.items():
+            if name not in headers[path].tensors:
+                raise CheckpointError(f"{path} lacks {name}, which {INDEX_FILE} says it holds")
+        return file_of_tensor
+    path = _only_file(directory)
+    return dict.fromkeys(check_safetensors(path).tensors, path)
+
+
+def _only_file(directory: Path) -> Path:
+    """The file of a checkpoint that is not sharded, under the usual name or the one that AutoGPTQ gives it."""
     path = directory / WEIGHTS_FILE
-    if not path.exists():
+    named_by_autogptq = sorted(directory.glob("gptq_model*.safetensors"))
+    if path.exists():
+        return path
+    if not named_by_autogptq:
         raise CheckpointError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled_hint(directory)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    if len(named_by_autogptq) > 1:
+        names = ", ".join(file.name for file in named_by_autogptq)
+        raise CheckpointError(f"{directory} holds several quantised models: {names}; keep one of them")
+    return named_by_autogptq[0]
 
 
 def _shard_path(directory: Path, name: str) -> Path:
@@ -146,39 +184,52 @@ def _insert_quantized_linears(decoder: Decoder, directory: Path) -> None:
         setattr(decoder.get_submodule(parent), attribute, QuantizedLinear(matrix, linear.bias))
 
 
+def _places(file_of_tensor: Mapping[str, Path], names: CheckpointNames) -> dict[str, _Place]:
+    """By the decoder's names. Tensors that follow from the config are left out."""
+    places: dict[str, _Place] = {}
+    for stored, file in file_of_tensor.items():
+        ours = () if names.is_derived(stored) else names.ours(stored)
+        for part, name in enumerate(ours):
+            places[name] = _Place(file, stored, part if len(ours) > 1 else None)
+    return places
+
+
 def _read_tensors(
-    file: Path, names: Iterable[str], expected: Mapping[str, Tensor], dtype: torch.dtype
+    file: Path,
+    places: Mapping[str, _Place],
+    names: CheckpointNames,
+    expected: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as source:
-            for name in names:
-                tensor: Tensor = source.get_tensor(name)
-                if tensor.shape != expected[name].shape:
-                    found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-                    raise CheckpointError(f"{file}: {name} is {found}; config.json makes it {wanted}")
-                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise CheckpointError(f"{file}: {name} is {tensor.dtype}; float32, float16 and bfloat16 are read")
-                tensors[name] = tensor.to(dtype)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    with safe_open(file, framework="pt") as source:
+        for name, place in places.items():
+            tensor: Tensor = source.get_tensor(place.stored)
+            if place.part is not None:
+                tensor = names.take_part(tensor, place.part)
+            if tensor.shape != expected[name].shape:
+                found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+                raise CheckpointError(f"{file}: {place.stored} is {found}; config.json makes it {wanted}")
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise CheckpointError(
+                    f"{file}: {place.stored} is {tensor.dtype}; float32, float16 and bfloat16 are read"
+                )
+            tensors[name] = tensor.to(dtype)
     return tensors
 
 
 def _unexpected_names(found: Iterable[str], expected: Mapping[str, Tensor], *, tied: bool) -> list[str]:
     # A tied head is sometimes stored too; the embeddings are what counts, as in transformers.
     ignored = {"lm_head.weight"} if tied else set[str]()
-    return [
-        name for name in found if name not in expected and name not in ignored and not name.endswith(_DERIVED_SUFFIX)
-    ]
+    return [name for name in found if name not in expected and name not in ignored]
 
 
-def _is_zero_bias(name: str, file: Path) -> bool:
+def _is_zero_bias(name: str, place: _Place) -> bool:
     """Some GPTQ writers store a bias of zeros for linears that have none."""
     if not name.endswith("_proj.bias"):
         return False
-    with safe_open(file, framework="pt") as source:
-        return not bool(source.get_tensor(name).any())
+    with safe_open(place.file, framework="pt") as source:
+        return not bool(source.get_tensor(place.stored).any())
 
 
 def _refuse_names(problem: str, names: list[str], source: Path | str) -> None:

@@ -129,10 +129,32 @@ def test_a_file_without_g_idx_has_its_groups_in_order() -> None:
     assert torch.equal(unpack_linear("linear", tensors, V1).dequantize(), matrix.dequantize())
 
 
-def test_reordered_inputs_are_refused_by_name() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_reordered_inputs_keep_their_groups(bits: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    group_of_input = (torch.randperm(64, generator=generator) // 32).to(torch.int32)
+    matrix = replace(random_matrix(bits), group_of_input=group_of_input)
+    tensors = pack_linear(matrix)
+    found = unpack_linear("linear", tensors, V1)
+    assert found.group_of_input is not None
+    assert torch.equal(found.group_of_input, group_of_input)
+    assert found.group_size == 32
+    assert torch.equal(found.dequantize(), matrix.dequantize())
+    assert torch.equal(independent_weight(tensors), matrix.dequantize())
+
+
+def test_a_short_last_group_is_read_as_other_quantisers_write_it() -> None:
     tensors = pack_linear(random_matrix())
-    tensors["g_idx"] = tensors["g_idx"].flip(0)
-    with pytest.raises(CheckpointError, match="down_proj: g_idx reorders"):
+    tensors["g_idx"] = torch.arange(64, dtype=torch.int32) // 48  # groups of 48 and of 16 inputs
+    found = unpack_linear("linear", tensors, V1)
+    assert found.group_size == 48
+    assert torch.equal(found.dequantize(), independent_weight(tensors))
+
+
+def test_groups_that_have_no_scale_are_refused_by_name() -> None:
+    tensors = pack_linear(random_matrix())
+    tensors["g_idx"][3] = 2
+    with pytest.raises(CheckpointError, match=r"down_proj: g_idx names groups 0\.\.2; scales hold 0\.\.1"):
         unpack_linear("down_proj", tensors, V1)
 
 
@@ -147,6 +169,7 @@ def test_a_missing_tensor_is_named(part: str) -> None:
 @pytest.mark.parametrize(
     ("part", "tensor"),
     [
+        ("scales", torch.ones((0, 24), dtype=torch.float16)),
         ("scales", torch.ones((3, 24), dtype=torch.float16)),
         ("scales", torch.ones((2, 16), dtype=torch.float16)),
         ("qzeros", torch.ones((2, 2), dtype=torch.int32)),

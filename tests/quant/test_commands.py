@@ -38,7 +38,7 @@ def test_a_directory_is_quantised_and_summed_up(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["quantize", str(source), str(out), *FEW, "--act-order", "--eight-bit", "down_proj"]) == 0
+    assert main(["quantize", "--act-order", str(source), str(out), *FEW, "--eight-bit", "down_proj"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{out}: 4 bits, group size 32")
     assert "perplexity" in printed.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -96,6 +97,26 @@ def test_what_no_block_expresses_becomes_float16(matrix: QuantizedMatrix) -> Non
     np.testing.assert_allclose(rows.astype(np.float32), matrix.dequantize().numpy(), rtol=2**-11, atol=2**-24)
 
 
+def with_groups(matrix: QuantizedMatrix, group_of_input: torch.Tensor) -> QuantizedMatrix:
+    return replace(matrix, group_of_input=group_of_input.to(torch.int32))
+
+
+def test_true_act_order_is_refused_with_the_reason() -> None:
+    matrix = random_matrix(4, 32, symmetric=True)
+    shuffled = with_groups(matrix, torch.randperm(128, generator=torch.Generator().manual_seed(0)) // 32)
+    with pytest.raises(CheckpointError, match=r"layer.q_proj is quantised in shuffled act-order.*--act-order"):
+        linear_rows("layer.q_proj", shuffled)
+
+
+def test_short_last_group_is_expressed_where_it_is_whole_blocks() -> None:
+    matrix = random_matrix(4, 64, symmetric=True)
+    uneven = with_groups(matrix, (torch.arange(128) >= 96).to(torch.int32))
+    found, rows = linear_rows("linear", uneven)
+    assert found == "Q4_0"
+    np.testing.assert_array_equal(package_values(found, rows), uneven.dequantize().numpy())
+    assert linear_rows("linear", with_groups(matrix, (torch.arange(128) >= 100).to(torch.int32)))[0] == "F16"
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-6, 1.0, 1e3]))
 def test_rounding_to_eight_bits_is_the_packages(seed: int, size: float) -> None:
@@ -140,8 +161,8 @@ def tokenizer_definition(vocab_size: int = 128) -> dict[str, object]:
     }  # fmt: skip
 
 
-def write_plain(directory: Path, **changes: object) -> Path:
-    write_source(directory, **changes)
+def write_plain(directory: Path, changes: Mapping[str, object] | None = None) -> Path:
+    write_source(directory, torch.float16, **(changes or {}))
     write_json(directory / "tokenizer.json", tokenizer_definition())
     write_json(directory / "tokenizer_config.json", {"eos_token": {"content": "<|im_end|>"}, "unk_token": None})
     write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [0, 2]})
@@ -152,9 +173,9 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_gptq(directory: Path, *, symmetric: bool = True, **changes: object) -> Path:
+def write_gptq(directory: Path, *, symmetric: bool = True) -> Path:
     """The tiny model with every linear's weight replaced by random codes; q_proj and down_proj in 8 bits."""
-    source = write_plain(directory / "source", **changes)
+    source = write_plain(directory / "source")
     matrices: dict[str, QuantizedMatrix] = {}
     for name, weight in load_file(source / "model.safetensors").items():
         if name.endswith("_proj.weight"):
@@ -206,7 +227,7 @@ def test_exported_gptq_model_is_read_back_as_its_codes_say(tmp_path: Path, symme
     ],
 )
 def test_model_exported_and_converted_back_gives_the_same_logits(tmp_path: Path, changes: dict[str, object]) -> None:
-    source = write_plain(tmp_path / "source", **changes)
+    source = write_plain(tmp_path / "source", changes)
     export_gguf(source, tmp_path / "m.gguf", SilentProgress(), chat_template="{{ messages }}")
     back = tmp_path / "back"
     back.mkdir()

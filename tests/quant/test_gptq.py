@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.gptq import (
+    ActOrder,
     GptqOptions,
     Grid,
     HessianSum,
@@ -48,7 +49,9 @@ def hessian_of(inputs: Tensor) -> Tensor:
 OPTIONS = [
     GptqOptions(group_size=32),
     GptqOptions(group_size=32, symmetric=False),
-    GptqOptions(group_size=64, act_order=True),
+    GptqOptions(group_size=64, act_order=ActOrder.STATIC),
+    GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED),
+    GptqOptions(group_size=-1),
     GptqOptions(group_size=32, range_search=False),
     GptqOptions(group_size=32, bits=8),
     GptqOptions(group_size=128),
@@ -114,13 +117,13 @@ def test_act_order_helps_where_a_few_late_inputs_matter_most() -> None:
     inputs = correlated_inputs(1024, 128) * torch.logspace(-1, 1, 128)
     hessian = hessian_of(inputs)
     natural = quantize_matrix(weight, hessian, GptqOptions(group_size=32))
-    ordered = quantize_matrix(weight, hessian, GptqOptions(group_size=32, act_order=True))
+    ordered = quantize_matrix(weight, hessian, GptqOptions(group_size=32, act_order=ActOrder.STATIC))
     assert ordered.error < natural.error
 
 
 def test_act_order_keeps_groups_of_neighbouring_inputs() -> None:
     weight, hessian = case()
-    options = GptqOptions(group_size=32, act_order=True)
+    options = GptqOptions(group_size=32, act_order=ActOrder.STATIC)
     # Static groups: the grids are those of the untouched weights, in natural order.
     expected = round_to_nearest(weight, options, hessian.diagonal())
     found = quantize_matrix(weight, hessian, options).matrix
@@ -128,10 +131,32 @@ def test_act_order_keeps_groups_of_neighbouring_inputs() -> None:
     assert torch.equal(found.zeros, expected.zeros)
 
 
+def test_shuffled_act_order_is_plain_gptq_on_inputs_sorted_by_importance() -> None:
+    weight, hessian = case()
+    options = GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    expected = torch.empty_like(weight)
+    expected[:, order] = plain_gptq(weight[:, order], hessian[order][:, order], options, options.damp)
+    matrix = quantize_matrix(weight, hessian, options).matrix
+    assert float((matrix.dequantize() != expected).float().mean()) < 0.02
+    assert matrix.group_of_input is not None
+    assert matrix.group_of_input[order].tolist() == [position // 32 for position in range(128)]
+
+
+def test_one_group_over_all_inputs_is_named_by_minus_one() -> None:
+    weight, hessian = case()
+    for act_order in ActOrder:
+        matrix = quantize_matrix(weight, hessian, GptqOptions(group_size=-1, act_order=act_order)).matrix
+        assert matrix.group_size == 128
+        assert tuple(matrix.scales.shape) == (24, 1)
+        assert matrix.group_of_input is None  # a single group has no order
+    assert choose_group_size([576, 40], -1) == -1
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", ActOrder)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_group_of_one_sign_keeps_its_zero_point_storable(bits: int, act_order: bool, sign: float) -> None:
+def test_a_group_of_one_sign_keeps_its_zero_point_storable(bits: int, act_order: ActOrder, sign: float) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = sign * (torch.rand((16, 64), generator=generator) + 0.1)
     options = GptqOptions(bits=bits, group_size=32, symmetric=False, act_order=act_order)
@@ -221,7 +246,9 @@ def test_inputs_that_no_default_divides_ask_for_a_group_size() -> None:
         choose_group_size([40], None)
 
 
-@pytest.mark.parametrize(("field", "value"), [("bits", 3), ("group_size", 0), ("damp", 0.0), ("damp", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("bits", 3), ("group_size", 0), ("group_size", -2), ("damp", 0.0), ("damp", float("nan"))]
+)
 def test_impossible_options_are_refused(field: str, value: float) -> None:
     with pytest.raises(QuantizationError):
         GptqOptions(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from quant import int4_linear
+from quant.errors import QuantizationError
 from quant.int4_linear import (
     INT4PACK_RELATIVE_TOLERANCE,
     Int4PackKernel,
     KernelName,
     PlainKernel,
     QuantizedLinear,
+    SplitInt4PackKernel,
     build_kernel,
     int4pack_twin_weight,
     probe_kernel,
@@ -26,6 +28,7 @@ from quant.int4_linear import (
     why_not_int4pack,
 )
 from quant.matrix import QuantizedMatrix
+from quant.native.linear import why_not_native
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +56,31 @@ def random_matrix(
 
 def random_rows(rows: int, in_features: int, seed: int = 1) -> Tensor:
     return torch.randn((rows, in_features), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def shuffled(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    order = torch.randperm(matrix.in_features, generator=torch.Generator().manual_seed(2))
+    return replace(matrix, group_of_input=(order // matrix.group_size).to(torch.int32))
+
+
+@pytest.mark.parametrize("name", KernelName)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shuffled_inputs_take_the_plain_product(name: KernelName, bits: int) -> None:
+    matrix, x = shuffled(random_matrix(32, 128, 32, bits=bits)), random_rows(3, 128).to(torch.float32)
+    kernel = build_kernel(matrix, None, name)
+    assert isinstance(kernel, PlainKernel)
+    assert torch.equal(kernel(x), x @ matrix.dequantize().t())
+
+
+def test_fast_products_say_why_they_refuse_shuffled_inputs() -> None:
+    matrix = shuffled(random_matrix(32, 128, 32))
+    for reason in (why_not_int4pack(matrix), why_not_native(matrix)):
+        assert reason is not None
+        assert "not grouped in order" in reason
+    with pytest.raises(QuantizationError, match="not grouped in order"):
+        Int4PackKernel(matrix, None)
+    with pytest.raises(QuantizationError, match="not grouped in order"):
+        SplitInt4PackKernel(shuffled(random_matrix(32, 128, 32, bits=8)), None)
 
 
 def product(matrix: QuantizedMatrix, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 def test_gptq_file_is_named_with_how_to_save_it_as_safetensors(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02")
     for locate in (locate_tensors, weights.locate_tensors):
-        with pytest.raises(CheckpointError, match=rf"{name} is a pickled GPTQ checkpoint.*use_safetensors=True"):
+        with pytest.raises(CheckpointError, match=rf"{name} is a pickled GPTQ file.*use_safetensors=True"):
             locate(tmp_path)
 
 
@@ -26,7 +26,7 @@ def test_settings_beside_the_file_tell_that_it_is_quantised(tmp_path: Path) -> N
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
     assert "is pickled, which is never read: convert it" in pickled_hint(tmp_path)
     (tmp_path / "quantize_config.json").write_text("{}")
-    assert "pickled GPTQ checkpoint" in pickled_hint(tmp_path)
+    assert "pickled GPTQ file" in pickled_hint(tmp_path)
 
 
 def test_nothing_is_said_where_nothing_is_pickled(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from quant import quantize_directory
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats import autogptq_writer
 from quant.formats.autogptq import gptq_settings, pack_linear
-from quant.gptq import GptqOptions
+from quant.gptq import ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 from quant.model_directory import read_manifest
 from quant.progress import SilentProgress
@@ -124,7 +124,7 @@ def test_without_a_serving_path_the_plain_one_is_reported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_asymmetric_and_act_order_results_read_back_exactly(tmp_path: Path, symmetric: bool) -> None:
-    gptq = GptqOptions(symmetric=symmetric, act_order=True, bits=8)
+    gptq = GptqOptions(symmetric=symmetric, act_order=ActOrder.STATIC, bits=8)
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
     report = quantize(source, out, QuantizeOptions(gptq=gptq, samples=8, seq_len=64))
     assert report.largest_logit_difference == 0.0

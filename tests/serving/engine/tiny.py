@@ -50,6 +50,36 @@ PALM_SPEC = replace(
 )
 
 
+# With six heads, so that ALiBi's slopes lie between two powers of two.
+BLOOM_SPEC = replace(
+    SPEC,
+    hidden_size=48,
+    num_heads=6,
+    num_kv_heads=6,
+    norm=Norm.LAYER_WITH_BIAS,
+    positions=Positions.ALIBI,
+    activation=Activation.GELU_TANH,
+    out_bias=True,
+    qk_norm=False,
+    tied_embeddings=True,
+    mlp_bias=True,
+    embedding_norm=True,
+)
+NEOX_SPEC = replace(
+    SPEC,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    norm=Norm.LAYER_WITH_BIAS,
+    block=BlockForm.PARALLEL_TWO_NORMS,
+    rotary_dims=4,
+    activation=Activation.GELU,
+    out_bias=True,
+    qk_norm=False,
+    mlp_bias=True,
+)
+
+
 # What the native step computes: biases, norms of q and k, and key heads shared by three query heads.
 NATIVE_SPEC = replace(
     SPEC, vocab_size=256, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=32,

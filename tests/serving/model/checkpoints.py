@@ -9,8 +9,12 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -34,6 +38,15 @@ SIZES: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BLOOM_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+)
 LLAMA3_ROPE: Mapping[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -65,6 +78,18 @@ def _cohere(**options: Any) -> PreTrainedModel:
     return CohereForCausalLM(CohereConfig(**{**SIZES, **options}))
 
 
+def _bloom(**options: Any) -> PreTrainedModel:
+    names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    sizes = {names.get(name, name): value for name, value in SIZES.items() if name in BLOOM_SIZES}
+    return BloomForCausalLM(BloomConfig(**{**sizes, **options}))
+
+
+def _gpt_neox(**options: Any) -> PreTrainedModel:
+    values: dict[str, Any] = {**SIZES, "rotary_pct": 0.25, **options}
+    del values["num_key_value_heads"]
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**values))
+
+
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: _llama(),
     "llama_tied": lambda: _llama(tie_word_embeddings=True),
@@ -77,6 +102,13 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "cohere": lambda: _cohere(logit_scale=0.7, attention_bias=True, layer_norm_eps=1e-3),
     "palm": lambda: _cohere(num_key_value_heads=1, logit_scale=48**-0.5, initializer_range=0.6),
     "qwen3_biased": lambda: _qwen3(attention_bias=True, tie_word_embeddings=True),
+    "bloom": lambda: _bloom(),  # 6 heads: slopes between two powers of two
+    "bloom_eight_heads": lambda: _bloom(n_head=8, tie_word_embeddings=False),
+    "gpt_neox": lambda: _gpt_neox(num_attention_heads=3, hidden_act="gelu"),
+    "gpt_neox_sequential": lambda: _gpt_neox(
+        num_attention_heads=2, use_parallel_residual=False, hidden_act="gelu_new", rotary_emb_base=500
+    ),
+    "gpt_neox_unbiased": lambda: _gpt_neox(attention_bias=False, rotary_pct=1.0, tie_word_embeddings=True),
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from quant.errors import CheckpointError
-from serving.model.spec import BlockForm, Norm, Positions, RopeScaling, spec_from_config
+from serving.model.spec import Activation, BlockForm, Norm, Positions, RopeScaling, spec_from_config
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,9 @@ def test_absent_and_null_rotary_settings_mean_plain_ones() -> None:
 
 
 def test_an_unsupported_architecture_is_refused_with_those_supported() -> None:
-    with pytest.raises(CheckpointError, match=r"MambaForCausalLM.*Cohere.*LlamaForCausalLM.*Mistral.*Qwen2.*Qwen3"):
+    with pytest.raises(
+        CheckpointError, match=r"MambaForCausalLM.*Bloom.*Cohere.*GPTNeoX.*LlamaFor.*Mistral.*Qwen2.*Qwen3"
+    ):
         spec_from_config(config("MambaForCausalLM"))
     with pytest.raises(CheckpointError, match="none named"):
         spec_from_config(config(architectures=...))
@@ -119,3 +121,65 @@ def test_cohere_is_palms_form_with_transformers_defaults() -> None:
 def test_cohere_options_that_are_not_implemented_are_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         spec_from_config(config("CohereForCausalLM", **changes))
+
+
+def bloom_config(**changes: object) -> dict[str, Any]:
+    values = config("BloomForCausalLM", n_layer=2, n_head=4, **changes)
+    kept = ("architectures", "vocab_size", "hidden_size", "n_layer", "n_head", *changes)
+    return {key: value for key, value in values.items() if key in kept}
+
+
+def neox_config(**changes: object) -> dict[str, Any]:
+    return config("GPTNeoXForCausalLM", num_key_value_heads=..., **changes)
+
+
+def test_bloom_has_transformers_defaults() -> None:
+    spec = spec_from_config(bloom_config())
+    assert (spec.norm, spec.block, spec.positions) == (Norm.LAYER_WITH_BIAS, BlockForm.SEQUENTIAL, Positions.ALIBI)
+    assert (spec.activation, spec.intermediate_size, spec.norm_eps) == (Activation.GELU_TANH, 256, 1e-5)
+    assert (spec.qkv_bias, spec.out_bias, spec.mlp_bias, spec.embedding_norm) == (True, True, True, True)
+    assert (spec.num_turned, spec.num_kv_heads, spec.tied_embeddings) == (0, 4, True)
+
+
+def test_blooms_older_key_names_are_read_alike() -> None:
+    older = bloom_config(n_embed=64, num_hidden_layers=2, num_attention_heads=4)
+    for key in ("hidden_size", "n_layer", "n_head"):
+        del older[key]
+    assert spec_from_config(older) == spec_from_config(bloom_config())
+
+
+def test_blooms_context_is_what_it_was_trained_with() -> None:
+    assert spec_from_config(bloom_config()).max_positions == 2048
+    assert spec_from_config(bloom_config(seq_length=4096)).max_positions == 4096
+
+
+def test_gpt_neox_has_transformers_defaults() -> None:
+    spec = spec_from_config(neox_config())
+    assert (spec.norm, spec.positions) == (Norm.LAYER_WITH_BIAS, Positions.ROTARY_HALVES)
+    assert (spec.block, spec.activation) == (BlockForm.PARALLEL_TWO_NORMS, Activation.GELU)
+    assert (spec.num_turned, spec.rope_theta, spec.norm_eps) == (4, 10_000.0, 1e-5)
+    assert (spec.qkv_bias, spec.mlp_bias, spec.embedding_norm, spec.tied_embeddings) == (True, True, False, False)
+
+
+def test_both_generations_of_gpt_neox_rotary_settings_are_read_alike() -> None:
+    old = spec_from_config(neox_config(rotary_pct=0.5, rotary_emb_base=500))
+    new = spec_from_config(neox_config(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 500}))
+    assert old == new
+    assert (old.num_turned, old.rope_theta) == (8, 500.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (bloom_config(apply_residual_connection_post_layernorm=True), "post_layernorm = True is not supported"),
+        (bloom_config(hidden_size=63), "4 heads do not divide a hidden size of 63 evenly"),
+        (neox_config(hidden_size=66), "4 heads do not divide a hidden size of 66 evenly"),
+        (neox_config(hidden_act="relu"), "hidden_act = 'relu' is not supported; gelu"),
+        (neox_config(rotary_pct=0.2), r"rotary dimensions must be an even number up to head_dim \(16\); found 3"),
+        (neox_config(rotary_pct=2), "found 32"),
+        (neox_config(rope_scaling={"rope_type": "llama3", **SCALING}), "scaled rotary positions are not supported"),
+    ],
+)
+def test_options_of_other_families_that_are_not_implemented_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec_from_config(values)

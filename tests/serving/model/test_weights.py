@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import pack_linear
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import QuantizedMatrix
 from serving.model.transformer import Decoder
@@ -101,7 +103,7 @@ def test_derived_and_duplicate_tensors_are_ignored(tmp_path: Path) -> None:
 
 def test_directories_that_cannot_be_read_say_why(llama: Path) -> None:
     (llama / WEIGHTS).write_bytes(b"\xff" * 20)
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file that can be read"):
         load_decoder(llama)
     (llama / WEIGHTS).unlink()
     (llama / "pytorch_model.bin").touch()
@@ -121,6 +123,73 @@ def test_an_index_may_name_only_files_of_its_directory(llama: Path, shard: str) 
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"not the name of a file|does not exist"):
         load_decoder(llama)
+
+
+def test_pickled_gptq_files_are_refused_by_name_with_what_to_do(llama: Path) -> None:
+    (llama / WEIGHTS).rename(llama / "gptq_model-4bit-128g.bin")
+    (llama / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(CheckpointError, match=r"gptq_model-4bit-128g\.bin is a pickled GPTQ file.*`causerie quantize`"):
+        load_decoder(llama)
+
+
+def test_a_quantised_file_under_autogptqs_name_is_found(llama: Path) -> None:
+    twin = quantize_on_disk(llama)
+    (llama / WEIGHTS).rename(llama / "gptq_model-4bit-16g.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_decoder(llama)(random_ids()), twin(random_ids()))
+    shutil.copyfile(llama / "gptq_model-4bit-16g.safetensors", llama / "gptq_model-4bit-32g.safetensors")
+    with pytest.raises(CheckpointError, match="several quantised models"):
+        load_decoder(llama)
+
+
+def test_a_shard_that_lacks_what_the_index_gives_it_is_refused(llama: Path) -> None:
+    index = {"weight_map": {"model.absent.weight": WEIGHTS}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks model\.absent\.weight, which"):
+        load_decoder(llama)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neox"])
+def test_a_saved_decoder_of_another_family_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    model = build_model(name)
+    save_model(model, tmp_path)
+    save_decoder(load_decoder(tmp_path), tmp_path / "saved", read_config(tmp_path))
+    before, after = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "saved" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_names_without_the_prefix_are_read(tmp_path: Path) -> None:
+    """BLOOM's own files, which hold the model without its head, name nothing `transformer.`."""
+    model = build_model("bloom")
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}, tmp_path / WEIGHTS)
+    with torch.no_grad():
+        torch.testing.assert_close(load_decoder(tmp_path)(random_ids()), model(random_ids()).logits, atol=1e-4, rtol=0)
+
+
+def test_buffers_of_old_gpt_neox_files_and_the_newer_name_of_its_head_are_read(tmp_path: Path) -> None:
+    save_model(build_model("gpt_neox"), tmp_path)
+    expected = load_decoder(tmp_path).state_dict()
+    layer = "gpt_neox.layers.0.attention."
+    buffers = {
+        layer + "bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        layer + "masked_bias": torch.tensor(-1e9),
+        layer + "rotary_emb.inv_freq": torch.zeros(2),
+    }
+    head = load_file(tmp_path / WEIGHTS)["embed_out.weight"]
+    edit_weights(tmp_path, add={**buffers, "lm_head.weight": head}, remove=("embed_out.weight",))
+    found = load_decoder(tmp_path).state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_missing_fused_tensors_are_named_once_as_on_disk(tmp_path: Path) -> None:
+    save_model(build_model("gpt_neox"), tmp_path)
+    gone = "gpt_neox.layers.1.attention.query_key_value.weight"
+    edit_weights(tmp_path, remove=(gone,))
+    with pytest.raises(CheckpointError, match=f"lacks tensors: {gone}$"):
+        load_decoder(tmp_path)
 
 
 def test_saved_decoder_reads_back_equal_also_over_its_own_source(llama: Path) -> None:
@@ -206,14 +275,15 @@ def test_quantised_decoder_is_not_written_as_plain_weights(llama: Path) -> None:
         save_decoder(load_decoder(llama), llama / "out", read_config(llama))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "palm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "palm", "bloom", "gpt_neox"])
 def test_weights_in_memory_make_the_decoder_that_their_files_make(name: str, tmp_path: Path) -> None:
     model = build_model(name)
     save_model(model, tmp_path)
     decoder = decoder_from_tensors(read_config(tmp_path), model.state_dict(), torch.float32)
     with torch.no_grad():
         assert torch.equal(decoder(random_ids()), load_decoder(tmp_path)(random_ids()))
-    assert decoder.model.norm.weight.data_ptr() == model.get_parameter("model.norm.weight").data_ptr()
+    norm = checkpoint_names(read_config(tmp_path)).stored("model.norm.weight").name
+    assert decoder.model.norm.weight.data_ptr() == model.get_parameter(norm).data_ptr()
 
 
 def test_weights_in_memory_that_do_not_fit_are_named(llama: Path) -> None:

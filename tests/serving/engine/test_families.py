@@ -1,0 +1,127 @@
+"""BLOOM and GPT-NeoX in the engine, against transformers' own logits and the plain decoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.int4_linear import relative_error
+from quant.native.library import load_library
+from serving.engine.engine import Engine
+from serving.engine.logits import serving_logits
+from serving.engine.native_step import why_no_native_step
+from serving.engine.prepare import PreparedModel, prepare
+from serving.model.spec import DecoderSpec
+from serving.model.weights import load_decoder
+from tests.serving.engine.engines import engine_of, generate, reused, run, tokens
+from tests.serving.engine.tiny import BLOOM_SPEC, NEOX_SPEC, make_decoder, prompt_of, quantized_decoder
+from tests.serving.model.checkpoints import build_model, random_ids, save_model
+
+pytestmark = pytest.mark.unit
+
+SPECS = {"bloom": BLOOM_SPEC, "gpt_neox": NEOX_SPEC}
+# Heads and widths that the packed products take.
+PACKED_SPECS = {
+    "bloom": replace(BLOOM_SPEC, vocab_size=256, hidden_size=96, intermediate_size=192, head_dim=16),
+    "gpt_neox": replace(NEOX_SPEC, vocab_size=256, hidden_size=64, intermediate_size=96, head_dim=32, rotary_dims=8),
+}
+each_family = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+each_packed_family = pytest.mark.parametrize("spec", PACKED_SPECS.values(), ids=PACKED_SPECS)
+
+
+def exact_model(spec: DecoderSpec) -> PreparedModel:
+    return prepare(make_decoder(spec), exact=True)
+
+
+def greedy_ids(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    for index, prompt in enumerate(prompts):
+        engine.submit(generate(str(index), prompt, count))
+    events = run(engine)
+    return [tokens(events, str(index)) for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("name", ["bloom", "bloom_eight_heads", "gpt_neox", "gpt_neox_sequential", "gpt_neox_unbiased"])
+@pytest.mark.parametrize("chunk_tokens", [256, 7, 1])
+def test_prefill_and_decode_give_the_logits_of_transformers(name: str, chunk_tokens: int, tmp_path: Path) -> None:
+    reference = build_model(name)
+    save_model(reference, tmp_path)
+    ids = random_ids(batch=1)[0]
+    with torch.no_grad():
+        expected = reference(ids.unsqueeze(0)).logits[0]
+
+    found = serving_logits(prepare(load_decoder(tmp_path), exact=True), ids, chunk_tokens=chunk_tokens)
+
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@each_family
+def test_sequences_decoded_together_give_what_each_gives_alone(spec: DecoderSpec) -> None:
+    """Contexts of several lengths: some are attended in padded groups, some by themselves."""
+    prompts = [prompt_of(length, seed=length) for length in (3, 17, 20, 41, 90)]
+    batched = replace(exact_model(spec), is_exact=False)
+    together = greedy_ids(engine_of(model=batched, max_step_tokens=64), prompts, 20)
+    alone = [greedy_ids(engine_of(model=exact_model(spec)), [prompt], 20)[0] for prompt in prompts]
+    assert together == alone
+
+
+@each_family
+def test_a_beginning_that_was_found_gives_the_same_tokens(spec: DecoderSpec) -> None:
+    engine, prompt = engine_of(model=exact_model(spec)), prompt_of(50)
+    first = greedy_ids(engine, [prompt], 12)
+    engine.submit(generate("again", prompt))
+    events = run(engine)
+    assert reused(events, "again") == 48
+    assert tokens(events, "again") == first[0]
+
+
+@each_family
+def test_checked_guesses_give_the_same_tokens(spec: DecoderSpec) -> None:
+    prompt = prompt_of(9) * 4
+    plain = greedy_ids(engine_of(model=exact_model(spec)), [prompt], 30)
+    assert greedy_ids(engine_of(model=exact_model(spec), prompt_lookup=True), [prompt], 30) == plain
+
+
+@each_family
+def test_the_fast_path_differs_from_the_plain_one_by_rounding_only(spec: DecoderSpec) -> None:
+    decoder, ids = make_decoder(spec), torch.tensor(prompt_of(200))
+    with torch.no_grad():
+        expected = decoder(ids.unsqueeze(0))[0]
+        for chunk_tokens in (256, 1):
+            found = serving_logits(prepare(decoder, exact=False), ids, chunk_tokens=chunk_tokens)
+            assert relative_error(found, expected) < 0.02
+        decoder.model.layers[1].mlp.up_proj.bias.add_(0.5)  # type: ignore[union-attr]
+        assert relative_error(serving_logits(prepare(decoder, exact=False), ids), expected) > 0.04
+
+
+@each_packed_family
+def test_a_quantised_model_is_served_as_its_plain_twin_computes_it(spec: DecoderSpec) -> None:
+    decoder, ids = quantized_decoder(spec, bits=4), torch.tensor(prompt_of(24))
+    with torch.no_grad():
+        expected = decoder(ids.unsqueeze(0))[0]
+    for chunk_tokens in (256, 1):
+        found = serving_logits(prepare(decoder, exact=False), ids, chunk_tokens=chunk_tokens)
+        assert relative_error(found, expected) < 0.03
+
+
+@each_packed_family
+def test_an_int8_cache_costs_little(spec: DecoderSpec) -> None:
+    model, ids = exact_model(spec), torch.tensor(prompt_of(60))
+    found = serving_logits(model, ids, chunk_tokens=16, int8_kv=True)
+    assert relative_error(found, serving_logits(model, ids)) < 0.03
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native kernels on this machine")
+@each_packed_family
+def test_the_native_step_leaves_these_forms_to_the_torch_step(spec: DecoderSpec) -> None:
+    model = prepare(quantized_decoder(spec), exact=False)
+    assert model.native is None
+    assert str(why_no_native_step(spec, model.layers)).startswith("form_")
+
+
+@pytest.mark.parametrize("change", [{"rotary_dims": 4}, {"mlp_bias": True}, {"embedding_norm": True}])
+def test_the_native_step_refuses_one_changed_part_of_its_form(change: dict[str, int]) -> None:
+    spec = replace(make_decoder().spec, **change)  # pyright: ignore[reportArgumentType]
+    assert next(iter(change)).replace("rotary_dims", "turned") in str(why_no_native_step(spec, ()))
