@@ -58,7 +58,7 @@ def random_matrix(bits: int, group_size: int, *, symmetric: bool, rows: int = 8,
     middle = 2 ** (bits - 1)
     zeros = torch.full((rows, groups), middle, dtype=torch.uint8) if symmetric else integers(1, 2**bits, rows, groups)
     # A scale may be negative: GPTQ says nothing against it.
-    scales = (torch.randn((rows, groups), generator=generator) * 0.01).to(torch.float16).to(torch.float32)
+    scales = (torch.randn((rows, groups), generator=generator) * 0.16 / 2**bits).to(torch.float16).to(torch.float32)
     return QuantizedMatrix(integers(0, 2**bits, rows, columns), scales, zeros, bits, group_size)
 
 
