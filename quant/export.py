@@ -103,6 +103,12 @@ class _Source:
         return self.count("num_attention_heads")
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embeddings. transformers leaves the key out where it is the family's default."""
+        tied = self.config.get("tie_word_embeddings")
+        return self.family.is_always_tied if tied is None else tied is True
+
+    @property
     def head_dim(self) -> int:
         return self.count("head_dim", self.count("hidden_size") // self.num_heads)
 
@@ -200,7 +206,11 @@ def _open_source(directory: Path) -> _Source:
     if not config:
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json")
     family = family_of_config(config, str(directory))
-    return _Source(directory, config, family, gptq_settings(directory) is not None, locate_tensors(directory))
+    is_quantized = gptq_settings(directory) is not None
+    source = _Source(directory, config, family, is_quantized, locate_tensors(directory))
+    if family.is_always_tied and not source.is_tied:
+        raise CheckpointError(f"{directory} has a head of its own, which llama.cpp's {family.name} lacks")
+    return source
 
 
 def _gguf_shapes(source: _Source) -> dict[str, tuple[int, ...]]:
@@ -219,6 +229,9 @@ def _gguf_shapes(source: _Source) -> dict[str, tuple[int, ...]]:
         if source.is_quantized and name.endswith(".qweight"):
             linear = name.removesuffix(".qweight")
             shapes[_gguf_name(source, f"{linear}.weight")] = _linear_shape(source, linear, stored)
+    biases = [name for name in shapes if name.endswith(".bias")]
+    if biases and not source.family.has_biases:
+        raise CheckpointError(f"{source.directory}: llama.cpp's {source.family.name} has no biases; found {biases[0]}")
     missing = _expected_names(source) - shapes.keys()
     if missing:
         raise CheckpointError(f"{source.directory} lacks {len(missing)} tensors, for {min(missing)!r} among others")
@@ -236,12 +249,11 @@ def _linear_shape(source: _Source, linear: str, stored: Mapping[str, tuple[int, 
 
 def _plain_names(source: _Source) -> list[str]:
     """Names of the stored tensors that are not packed. A tied head is sometimes stored too; it is not written twice."""
-    is_tied = source.config.get("tie_word_embeddings") is True
     return [
         name
         for name in source.file_of_tensor
         if not (source.is_quantized and is_packed_tensor(name))
-        and not (is_tied and name == "lm_head.weight")
+        and not (source.is_tied and name == "lm_head.weight")
         and not name.endswith(_DERIVED_SUFFIX)
     ]
 
@@ -255,7 +267,7 @@ def _gguf_name(source: _Source, name: str) -> str:
 
 def _expected_names(source: _Source) -> set[str]:
     names = {"token_embd.weight", "output_norm.weight"}
-    if source.config.get("tie_word_embeddings") is not True:
+    if not source.is_tied:
         names.add("output.weight")
     layers = range(source.count("num_hidden_layers"))
     return names | {f"blk.{layer}.{part}.weight" for layer in layers for part in source.family.layer_names}
@@ -302,8 +314,8 @@ def _permuted(source: _Source, name: str, rows: Rows) -> Rows:
 
 
 def _model_metadata(source: _Source, name: str) -> dict[str, Value]:
-    prefix = source.family.name
-    return {
+    prefix, epsilon = source.family.name, source.family.epsilon
+    metadata: dict[str, Value] = {
         "general.architecture": prefix,
         "general.name": name,
         "general.quantization_version": _QUANTIZATION_VERSION,
@@ -316,17 +328,21 @@ def _model_metadata(source: _Source, name: str) -> dict[str, Value]:
         f"{prefix}.attention.head_count_kv": source.count("num_key_value_heads", source.num_heads),
         f"{prefix}.attention.key_length": source.head_dim,
         f"{prefix}.attention.value_length": source.head_dim,
-        f"{prefix}.attention.layer_norm_rms_epsilon": source.number("rms_norm_eps", 1e-6),
+        f"{prefix}.attention.{epsilon[0]}": source.number(epsilon[1], source.family.default_epsilon),
         f"{prefix}.rope.dimension_count": source.head_dim,
         f"{prefix}.rope.freq_base": _rope_section(source)[1],
     }
+    scale = source.family.default_logit_scale
+    if scale is not None:
+        metadata[f"{prefix}.logit_scale"] = source.number("logit_scale", scale)
+    return metadata
 
 
 def _rope_section(source: _Source) -> tuple[Mapping[str, object], float]:
     """The scaling's settings and the base, where transformers 5 or transformers 4 puts them."""
     section = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
     settings = cast("Mapping[str, object]", section) if isinstance(section, dict) else {}
-    theta = settings.get("rope_theta", source.config.get("rope_theta", 10_000.0))
+    theta = settings.get("rope_theta", source.config.get("rope_theta", source.family.default_rope_theta))
     if isinstance(theta, bool) or not isinstance(theta, int | float):
         raise CheckpointError(f"{source.directory / 'config.json'}: rope_theta is {theta!r}, expected a number")
     return settings, float(theta)

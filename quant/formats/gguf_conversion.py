@@ -76,14 +76,22 @@ def _model_config(metadata: GgufMetadata, family: GgufFamily, file: GgufFile) ->
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.count(f"{prefix}.context_length"),
-        "rms_norm_eps": metadata.short_float(f"{prefix}.attention.layer_norm_rms_epsilon"),
+        family.epsilon[1]: metadata.short_float(f"{prefix}.attention.{family.epsilon[0]}"),
         "rope_theta": theta,
         **_rope_scaling(file, metadata.path, head_dim, theta),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_logit_scale(metadata, family),
         **read_special_ids(metadata),
     }
+
+
+def _logit_scale(metadata: GgufMetadata, family: GgufFamily) -> Json:
+    key = f"{family.name}.logit_scale"
+    if family.default_logit_scale is None or key not in metadata.values:
+        return {}
+    return {"logit_scale": metadata.short_float(key)}
 
 
 def _refuse_other_rotary(metadata: GgufMetadata, prefix: str, head_dim: int) -> None:

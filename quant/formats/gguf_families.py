@@ -46,7 +46,11 @@ _MODEL_NAME: Final = re.compile(r"(?:model\.layers\.(?P<layer>\d+)\.)?(?P<part>[
 class GgufFamily:
     """`name` is GGUF's architecture; `architecture` and `model_type` are config.json's.
 
-    interleaves_rotary: the rows of q and k lie in the file with the halves of each head's rotary dimensions interleaved
+    interleaves_rotary:  the rows of q and k lie in the file with the halves of each head's rotary dimensions
+                         interleaved, and in the model do not
+    epsilon:             the norms' epsilon, by GGUF's name and by config.json's
+    is_parallel:         attention and feed-forward read one norm
+    default_logit_scale: what a config that names none multiplies the logits by; None where nothing is multiplied
     """
 
     name: str
@@ -54,10 +58,20 @@ class GgufFamily:
     model_type: str
     interleaves_rotary: bool = False
     head_norms: bool = False
+    epsilon: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps")
+    is_parallel: bool = False
+    is_always_tied: bool = False
+    has_biases: bool = True
+    default_epsilon: float = 1e-6
+    default_rope_theta: float = 10_000.0
+    default_logit_scale: float | None = None
 
     @property
     def layer_names(self) -> Mapping[str, str]:
-        return {**LAYER_NAMES, **HEAD_NORM_NAMES} if self.head_norms else LAYER_NAMES
+        names = {**LAYER_NAMES, **HEAD_NORM_NAMES} if self.head_norms else dict(LAYER_NAMES)
+        if self.is_parallel:
+            del names["ffn_norm"]
+        return names
 
     def model_name(self, name: str) -> str | None:
         """Hugging Face's name of a tensor that GGUF calls `name`; None if such a model has no such tensor."""
@@ -96,6 +110,19 @@ FAMILIES: Final = (
     GgufFamily("llama", "MistralForCausalLM", "mistral", interleaves_rotary=True),
     GgufFamily("qwen2", "Qwen2ForCausalLM", "qwen2"),
     GgufFamily("qwen3", "Qwen3ForCausalLM", "qwen3", head_norms=True),
+    # PaLM among them. Both sides interleave its rotary dimensions.
+    GgufFamily(
+        "command-r",
+        "CohereForCausalLM",
+        "cohere",
+        epsilon=("layer_norm_epsilon", "layer_norm_eps"),
+        is_parallel=True,
+        is_always_tied=True,
+        has_biases=False,
+        default_epsilon=1e-5,
+        default_rope_theta=500_000.0,
+        default_logit_scale=0.0625,
+    ),
 )
 
 

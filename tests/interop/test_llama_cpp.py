@@ -19,6 +19,7 @@ from quant.progress import SilentProgress
 from serving.model.tokenizer import ModelTokenizer
 from serving.model.weights import load_decoder
 from tests.quant.test_export import LLAMA3_SCALING, QWEN2, QWEN3, write_gptq, write_plain
+from tests.quant.tiny_models import PALM
 
 pytestmark = pytest.mark.system
 
@@ -75,8 +76,9 @@ def relative_difference(directory: Path, llama_cpp: Path) -> float:
         {"tie_word_embeddings": False, "attention_bias": True},
         QWEN2,
         QWEN3,
+        PALM,
     ],
-    ids=["llama", "llama3", "bias", "qwen2", "qwen3"],
+    ids=["llama", "llama3", "bias", "qwen2", "qwen3", "palm"],
 )
 def test_every_family_computes_the_same_logits_in_llama_cpp(
     tmp_path: Path, llama_cpp: Path, changes: dict[str, object]

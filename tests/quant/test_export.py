@@ -32,7 +32,7 @@ from quant.progress import SilentProgress
 from serving.model.weights import load_decoder
 from tests.quant.tiny_gguf import byte_level_tokens
 from tests.quant.tiny_gguf import permute_rows as reference_permutation
-from tests.quant.tiny_models import CONFIG, write_source
+from tests.quant.tiny_models import CONFIG, PALM, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -224,6 +224,7 @@ def test_exported_gptq_model_is_read_back_as_its_codes_say(tmp_path: Path, symme
         QWEN2,
         QWEN3,
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+        PALM,
     ],
 )
 def test_model_exported_and_converted_back_gives_the_same_logits(tmp_path: Path, changes: dict[str, object]) -> None:
@@ -330,9 +331,20 @@ def test_beginning_token_of_the_post_processor_is_written(tmp_path: Path) -> Non
 
 def test_model_without_a_place_in_gguf_is_refused(tmp_path: Path) -> None:
     source = write_plain(tmp_path / "source")
-    config = {**CONFIG, "architectures": ["CohereForCausalLM"]}
-    write_json(source / "config.json", config)
-    with pytest.raises(CheckpointError, match=r"is a CohereForCausalLM; GGUF is written for LlamaForCausalLM"):
+    write_json(source / "config.json", {**CONFIG, "architectures": ["BloomForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"is a BloomForCausalLM; GGUF is written for LlamaForCausalLM"):
+        export_gguf(source, tmp_path / "m.gguf", SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"attention_bias": True}, "has no biases"), ({"tie_word_embeddings": False}, "head of its own")],
+)
+def test_what_llama_cpp_lacks_in_a_parallel_model_is_refused(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    source = write_plain(tmp_path / "source", {**PALM, **changes})
+    with pytest.raises(CheckpointError, match=reason):
         export_gguf(source, tmp_path / "m.gguf", SilentProgress())
 
 
