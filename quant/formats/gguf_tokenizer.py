@@ -126,13 +126,15 @@ def read_tokenizer_config(metadata: GgufMetadata, max_tokens: int) -> Json:
 
 def read_special_ids(metadata: GgufMetadata) -> Json:
     """The ids of generation_config.json; a second token that ends a turn joins the first in a list."""
-    ids: Json = {"eos_token_id": metadata.get("tokenizer.ggml.eos_token_id", int)}
+    ids: Json = {}
+    if "tokenizer.ggml.bos_token_id" in metadata.values:
+        ids["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id", int)
+    ids["eos_token_id"] = metadata.get("tokenizer.ggml.eos_token_id", int)
     end_of_turn = metadata.get_or("tokenizer.ggml.eot_token_id", int, -1)
     if end_of_turn not in (-1, ids["eos_token_id"]):
         ids["eos_token_id"] = [ids["eos_token_id"], end_of_turn]
-    for key, role in (("bos", "bos"), ("padding", "pad")):
-        if f"tokenizer.ggml.{key}_token_id" in metadata.values:
-            ids[f"{role}_token_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id", int)
+    if "tokenizer.ggml.padding_token_id" in metadata.values:
+        ids["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id", int)
     return ids
 
 
