@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.calibration import Encoder, Row
-    from quant.measure import MeasurableModel, WindowLogits
+    from quant.layer_source import LayerSource
+    from quant.measure import WindowLogits
     from quant.progress import ProgressSink
     from quant.quantize_directory import QuantizeOptions
     from quant.report import QuantizationReport
@@ -66,7 +67,7 @@ def quantize(argv: Sequence[str]) -> int:
     with _progress() as progress:
         source = prepare_source(arguments.model, cache_directory(os.environ), progress)
         report = quantize_directory(source, arguments.out, options, progress)
-    print(_summary(report, arguments.out))
+    print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
     return 0
 
 
@@ -80,10 +81,10 @@ def quantize_directory(source: Path, out: Path, options: QuantizeOptions, progre
 class ServingAccess:
     """`quant.quantize_directory.ModelAccess` by means of the `serving` package."""
 
-    def load(self, directory: Path) -> MeasurableModel:
-        from serving.model.weights import load_decoder
+    def open(self, directory: Path) -> LayerSource:
+        from serving.model.layer_source import DirectoryLayers
 
-        return load_decoder(directory, dtype=stored_dtype(directory))
+        return DirectoryLayers(directory)
 
     def encoder(self, directory: Path) -> Encoder:
         """Conversations through the chat format; for a base model, their texts one after another."""
@@ -246,14 +247,3 @@ def _progress() -> Generator[ProgressSink]:
             yield bar
     else:
         yield LineProgress(sys.stderr)
-
-
-def _summary(report: QuantizationReport, out: Path) -> str:
-    served = report.served or report.plain
-    return (
-        f"{out}: {report.bits} bits, group size {report.group_size}, {report.quantized_bytes / 1e6:,.0f} MB "
-        f"(source {report.source_bytes / 1e6:,.0f} MB)\n"
-        f"perplexity {report.source_perplexity:.3f} -> {served.perplexity:.3f} "
-        f"({report.perplexity_increase_percent:+.2f} %), top-1 agreement {served.top1_agreement:.1%}, "
-        f"mean KL {served.mean_kl:.4f} nats; details in {out / 'quantization_report.md'}"
-    )

@@ -1,88 +1,136 @@
 """What quantisation did to the predictions: perplexity, top-1 agreement and KL divergence on held-out windows.
 
-Models are carried through layer by layer in float32, all windows at once: one layer's weights are dequantised at a
-time, so a model that only fits in its file's type can be measured too.
+Models are carried through layer by layer in float32, all windows at once and all models in one pass over the layers:
+one layer's weights are in memory at a time.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from quant.gptq import GptqOptions, round_to_nearest
+from quant.int4_linear import QuantizedLinear
+from quant.layer_source import LayerSource
+from quant.options import LinearChoice
 from quant.progress import ProgressSink
 
-# Windows in one forward of one layer.
-BATCH_WINDOWS = 8
+# Windows in one forward of one layer: more gain nothing and take memory.
+BATCH_WINDOWS = 4
 
-LayerTransform: TypeAlias = Callable[[int, nn.Module], nn.Module]
 WindowLogits: TypeAlias = Callable[[Tensor], Tensor]
 """ids (tokens,) -> logits (tokens, vocabulary)."""
 
 
-class MeasurableModel(Protocol):
-    """`serving.model.transformer.Decoder` as seen from here. A layer is called with (hidden, cos, sin)."""
-
-    @property
-    def layers(self) -> nn.ModuleList: ...
-    def embed(self, ids: Tensor) -> Tensor: ...
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
-    def final_norm(self, hidden: Tensor) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """One model against its source: `mean_kl` is KL(source || model) in nats per token."""
+    """One model against its source, over tokens: KL(source || model) in nats, its mean and its 99th percentile."""
 
     perplexity: float
     top1_agreement: float
     mean_kl: float
+    kl_p99: float
 
 
 class PlainPath:
-    """A model's float32 logits, window by window. Holds the last hidden states of all windows, not its layers."""
+    """A model's float32 logits, window by window. Holds the hidden states of all windows, and no layer."""
 
-    def __init__(
-        self,
-        model: MeasurableModel,
-        windows: Tensor,
-        progress: ProgressSink,
-        stage: str,
-        *,
-        transform: LayerTransform | None = None,
-    ) -> None:
-        """windows: (count, tokens) ids. transform: may exchange a layer's copy for another before it is used."""
-        layers: Sequence[nn.Module] = list(model.layers)
-        self._ends = _float32_without_layers(model)
-        cos, sin = self._ends.rotary(torch.arange(windows.shape[1]))
-        with torch.inference_mode():
-            hidden = self._ends.embed(windows)
-            for index, layer in enumerate(layers):
-                progress.update(stage, index, len(layers))
-                copied = copy.deepcopy(layer).to(torch.float32)
-                exact = copied if transform is None else transform(index, copied)
-                for batch in hidden.split(BATCH_WINDOWS):
-                    batch.copy_(exact(batch, cos, sin))
-            self._hidden = self._ends.final_norm(hidden)
-        progress.update(stage, len(layers), len(layers))
+    def __init__(self, ends: LayerSource, windows: Tensor) -> None:
+        """windows: (count, tokens) ids. ends: for embeddings, positions, final norm and head."""
+        self._ends = ends
+        self._cos, self._sin = ends.rotary(torch.arange(windows.shape[1]))
+        self._hidden = ends.embed(windows)
+        self._is_finished = False
+
+    def advance(self, layer: nn.Module) -> None:
+        """Through the next layer, which computes in float32."""
+        for batch in self._hidden.split(BATCH_WINDOWS):
+            batch.copy_(layer(batch, self._cos, self._sin))
+
+    def finish(self) -> None:
+        """After the last layer."""
+        self._hidden = self._ends.final_norm(self._hidden)
+        self._is_finished = True
 
     def logits(self, window: int) -> Tensor:
         """(tokens, vocabulary) float32."""
+        assert self._is_finished
         with torch.inference_mode():
             return self._ends.logits(self._hidden[window])
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPaths:
+    """Three models over the same windows; `nearest` is the source rounded to the result's grids without GPTQ."""
+
+    source: PlainPath
+    result: PlainPath
+    nearest: PlainPath
+
+
+def carry_paths(
+    source: LayerSource,
+    result: LayerSource,
+    choices: Mapping[str, LinearChoice],
+    options: GptqOptions,
+    windows: Tensor,
+    progress: ProgressSink,
+    stage: str,
+) -> PlainPaths:
+    """One pass over the layers of source and result.
+
+    choices: bits and group size of the result's linears, by our decoder's names
+    windows: (count, tokens) ids
+    """
+    with torch.inference_mode():
+        paths = PlainPaths(PlainPath(source, windows), PlainPath(result, windows), PlainPath(source, windows))
+        for index in range(source.num_layers):
+            progress.update(stage, index, source.num_layers)
+            layer = source.layer(index).to(torch.float32)
+            paths.source.advance(layer)
+            round_linears(layer, f"model.layers.{index}", choices, options)
+            paths.nearest.advance(layer)
+            del layer
+            paths.result.advance(dequantized(result.layer(index)))
+        for path in (paths.source, paths.result, paths.nearest):
+            path.finish()
+    progress.update(stage, source.num_layers, source.num_layers)
+    return paths
+
+
+def round_linears(layer: nn.Module, prefix: str, choices: Mapping[str, LinearChoice], options: GptqOptions) -> None:
+    """Give the float32 linears of a layer the weights that rounding to the nearest code would leave, in place."""
+    for name, module in layer.named_modules():
+        choice = choices.get(f"{prefix}.{name}")
+        if choice is not None:
+            assert isinstance(module, nn.Linear)
+            grid = replace(options, bits=choice.bits, group_size=choice.group_size)
+            module.weight.copy_(round_to_nearest(module.weight, grid).dequantize())
+
+
+def dequantized(layer: nn.Module) -> nn.Module:
+    """The layer in float32 with plain linears: a `QuantizedLinear` dequantises its weight at every call."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.matrix.dequantize(), requires_grad=False)
+            linear.register_parameter("bias", module.bias)
+            parent, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(parent), attribute, linear)
+    return layer.to(torch.float32)
 
 
 class AgreementSum:
     """Collects one model's windows against the source's."""
 
     def __init__(self) -> None:
-        self._log_loss = self._kl = 0.0
+        self._log_loss = 0.0
+        self._kl: list[Tensor] = []  # (tokens,) each
         self._same = self._predicted = self._compared = 0
 
     def add(self, ids: Tensor, source_log_probs: Tensor, logits: Tensor) -> None:
@@ -93,13 +141,15 @@ class AgreementSum:
         self._same += int((log_probs.argmax(1) == source_log_probs.argmax(1)).sum())
         self._compared += ids.shape[0]
         torch.sub(source_log_probs, log_probs, out=log_probs)
-        self._kl += float((log_probs * source_log_probs.exp()).sum(1).clamp_min_(0).sum(dtype=torch.float64))
+        self._kl.append((log_probs * source_log_probs.exp()).sum(1).clamp_min_(0))
 
     def result(self) -> Agreement:
+        kl = torch.cat(self._kl).to(torch.float64)
         return Agreement(
             perplexity=math.exp(self._log_loss / self._predicted),
             top1_agreement=self._same / self._compared,
-            mean_kl=self._kl / self._compared,
+            mean_kl=float(kl.mean()),
+            kl_p99=float(kl.sort().values[math.ceil(0.99 * kl.numel()) - 1]),
         )
 
 
@@ -129,10 +179,3 @@ def log_softmax_in_place(logits: Tensor) -> Tensor:
     """Over the last dimension, without a second tensor of the vocabulary's width."""
     logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
     return logits
-
-
-def _float32_without_layers(model: MeasurableModel) -> MeasurableModel:
-    """A float32 copy of embeddings, final norm and head."""
-    assert isinstance(model, nn.Module)
-    copied = copy.deepcopy(model, {id(model.layers): nn.ModuleList()})
-    return copied.to(torch.float32)

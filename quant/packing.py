@@ -53,7 +53,8 @@ def unpack_columns(words: Tensor, bits: int) -> Tensor:
     Works on bytes, not on shifted words: a model's start spends its time here.
     """
     per_word = codes_per_word(bits)
-    codes = words.contiguous().view(torch.uint8)  # (rows, w * 4), lowest byte first: little-endian, as torch is built
+    # Flat, since a single column counts as contiguous whatever its stride. Lowest byte first: torch is little-endian.
+    codes = words.contiguous().flatten().view(torch.uint8)  # (rows * w * 4,)
     if bits == 4:
         codes = torch.stack([codes & 0xF, codes >> 4], dim=-1)
     return codes.reshape(words.shape[0], words.shape[1] * per_word)

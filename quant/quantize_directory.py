@@ -1,45 +1,34 @@
-"""One model directory in, one 4-bit GPTQ directory out: walk, write, read back, measure, report, publish.
+"""One model directory in, one GPTQ directory out: plan, walk, write, measure, report, publish.
 
-Knows how to load, tokenise and serve a model only through `ModelAccess`, which `quant.commands` fills in.
+Layer by layer from and to disk. Knows how to read, tokenise and serve a model only through `ModelAccess`, which
+`quant.commands` fills in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
-from quant.calibration import (
-    BUNDLED_CALIBRATION,
-    BUNDLED_HELD_OUT,
-    Encoder,
-    Row,
-    bundled_rows,
-    calibration_windows,
-    encode_rows,
-    held_out_windows,
-    load_rows,
-)
+from quant.calibration import Encoder
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, read_json
-from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
-from quant.formats.autogptq_writer import WEIGHTS_FILE, narrowed, write_checkpoint
+from quant.formats.autogptq_writer import write_checkpoint
 from quant.formats.checkpoint_names import checkpoint_names
-from quant.gptq import GptqOptions
-from quant.int4_linear import QuantizedLinear
-from quant.matrix import QuantizedMatrix
-from quant.measure import Agreement, LayerTransform, MeasurableModel, PlainPath, WindowLogits, compare
+from quant.formats.tensor_files import TensorFile
+from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
+from quant.layer_source import LayerSource
+from quant.layer_walk import quantize_to_disk, settle_group_size
+from quant.measure import PlainPaths, WindowLogits, carry_paths, compare
 from quant.model_directory import (
-    DataFile,
     JsonValue,
     Manifest,
     Parent,
@@ -48,41 +37,23 @@ from quant.model_directory import (
     read_manifest,
     write_manifest,
 )
+from quant.options import LinearChoice, QuantizeOptions
+from quant.plan import require_room
 from quant.progress import ProgressSink
-from quant.quantize_model import quantize_layers
-from quant.report import QuantizationReport, write_report
+from quant.quantize_model import LayerReport, fast_product_dtype
+from quant.report import QuantizationReport, TextComparison, write_report
+from quant.texts import HeldOut, RunTexts, prepare_texts
 
-HELD_OUT_TOKENS = 16_384
-HELD_OUT_SEQ_LEN = 512
-# The model in memory and the one read back do the same arithmetic on what must be the same weights.
-READ_BACK_TOLERANCE = 1e-4
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class QuantizeOptions:
-    """`calibration` None is the text that comes with the package. `max_perplexity_increase` in percent.
-
-    `eight_bit` names linears that get 8 bits in every layer, such as `down_proj`, whatever the others get.
-    """
-
-    gptq: GptqOptions = field(default_factory=GptqOptions)
-    eight_bit: tuple[str, ...] = ()
-    calibration: Path | None = None
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    max_perplexity_increase: float | None = None
-
-    def bits_of(self, linear: str) -> int:
-        """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""
-        return 8 if linear.rpartition(".")[2] in self.eight_bit else self.gptq.bits
+__all__ = ["ModelAccess", "QuantizeOptions", "peak_memory_bytes", "quantize_with"]
 
 
 class ModelAccess(Protocol):
     """What only the packages above this one know of a model directory."""
 
-    def load(self, directory: Path) -> MeasurableModel:
-        """The decoder in its file's type."""
+    def open(self, directory: Path) -> LayerSource:
+        """A plain or a quantised decoder, layer by layer."""
         ...
 
     def encoder(self, directory: Path) -> Encoder: ...
@@ -95,12 +66,32 @@ class ModelAccess(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """Token windows and where they came from."""
+class _Run:
+    """What is settled before the first layer. `options.gptq` has its group size."""
 
-    calibration: Tensor
-    held_out: Tensor
-    files: tuple[DataFile, ...]
+    access: ModelAccess
+    source: Path
+    source_sha256: str
+    layers: LayerSource
+    options: QuantizeOptions
+    texts: RunTexts
+    progress: ProgressSink
+
+    @property
+    def mark(self) -> str:
+        """The fingerprint of everything that decides the codes."""
+        options = self.options
+        return fingerprint(
+            {
+                "source": self.source_sha256,
+                "calibration": hashlib.sha256(self.texts.calibration.numpy().tobytes()).hexdigest(),
+                "shape": list(self.texts.calibration.shape),
+                "gptq": asdict(options.gptq),
+                "eight_bit": sorted(options.eight_bit),
+                "choices": {name: asdict(choice) for name, choice in options.choices.items()},
+                "products": str(fast_product_dtype()),
+            }
+        )
 
 
 def quantize_with(
@@ -108,105 +99,28 @@ def quantize_with(
 ) -> QuantizationReport:
     """Quantise `source` into the new directory `out`, which appears whole or not at all.
 
-    Raises QuantizationError for what cannot be done as asked, a perplexity above the limit included; CheckpointError
-    for a directory that cannot be used.
+    A run that was interrupted goes on at the layer it had reached, if source, text and options are the same.
+    Raises QuantizationError for what cannot be done as asked, a perplexity above the limit and a full disk included;
+    CheckpointError for a directory that cannot be used.
     """
     started = time.monotonic()
     _refuse_unusable(source, out)
-    text = _prepare_text(access.encoder(source), options)
-    model = access.load(source)
-    before = PlainPath(model, text.held_out, progress, "Measuring the source model")
-
-    quantize_started = time.monotonic()
-    layers = quantize_layers(model, text.calibration, options.gptq, progress, bits_of_linear=options.bits_of)
-    quantize_seconds = time.monotonic() - quantize_started
-    matrices = quantized_matrices(model)
-    _narrow_plain_parameters(model)
-
-    with publish_directory(out) as directory:
-        progress.update("Writing", 0, 1)
-        write_checkpoint(source, directory, matrices, options.gptq, layers[0].linears[0].group_size)
-        progress.update("Writing", 1, 1)
-        difference = check_read_back(model, directory, text.held_out[:1], progress)
-        source_perplexity, plain, served = _measure(access, model, directory, text.held_out, before, progress)
-        report = QuantizationReport(
-            source=_name(source),
-            bits=options.gptq.bits,
-            eight_bit=options.eight_bit,
-            group_size=layers[0].linears[0].group_size,
-            symmetric=options.gptq.symmetric,
-            act_order=options.gptq.act_order,
-            damp=options.gptq.damp,
-            calibration_tokens=text.calibration.numel(),
-            held_out_tokens=text.held_out.numel(),
-            source_perplexity=source_perplexity,
-            plain=plain,
-            served=served,
-            layers=layers,
-            source_bytes=_weight_bytes(source),
-            quantized_bytes=_weight_bytes(directory),
-            quantize_seconds=quantize_seconds,
-            total_seconds=time.monotonic() - started,
-            peak_memory_bytes=peak_memory_bytes(),
-            largest_logit_difference=difference,
-        )
-        _refuse_bad_quality(report, options.max_perplexity_increase)
-        write_report(directory, report)
-        chat_format = access.chat_format_sha256(source)
-        write_manifest(directory, _manifest(source, options, report, text, chat_format))
+    run = _prepare(access, source, out, options, progress)
+    names = checkpoint_names(read_json(source / "config.json"))
+    with open_work(out, run.mark, names) as work:
+        _mention_other_works(out, run.mark)
+        with full_disk_named(out, work, run.layers.num_layers):
+            quantize_started = time.monotonic()
+            layers = _quantize(run, work)
+            quantize_seconds = time.monotonic() - quantize_started
+            with publish_directory(out) as directory:
+                _write(run, work, directory)
+                texts = _measure(run, layers, directory)
+                report = _report(run, layers, texts, directory, quantize_seconds, time.monotonic() - started)
+                _refuse_bad_quality(report, options.max_perplexity_increase)
+                write_report(directory, report)
+                write_manifest(directory, _manifest(run, report))
     return report
-
-
-def quantized_matrices(model: MeasurableModel) -> dict[str, QuantizedMatrix]:
-    """The matrix of every quantised linear, by its name."""
-    assert isinstance(model, nn.Module)
-    return {name: module.matrix for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
-def _narrow_plain_parameters(model: MeasurableModel) -> None:
-    """As they are written, so that what is measured from here on is what is on disk."""
-    assert isinstance(model, nn.Module)
-    for name, parameter in model.named_parameters():
-        parameter.data = narrowed(name, parameter.data)
-
-
-def check_read_back(model: MeasurableModel, directory: Path, window: Tensor, progress: ProgressSink) -> float:
-    """Largest difference of logits between the model in memory and the written file, read by independent code.
-
-    window: (1, tokens) ids. Raises CheckpointError if it is more than rounding.
-    """
-    in_memory = PlainPath(model, window, progress, "Checking the model in memory").logits(0)
-    stage = "Checking the model on disk"
-    on_disk = PlainPath(model, window, progress, stage, transform=stored_layer(directory)).logits(0)
-    difference = float((in_memory - on_disk).abs().max())
-    if not difference <= READ_BACK_TOLERANCE * float(in_memory.abs().max()):
-        raise CheckpointError(
-            f"the written checkpoint does not read back as what was quantised: logits differ by {difference:.2g}; "
-            "nothing was published. Please report this"
-        )
-    return difference
-
-
-def stored_layer(directory: Path) -> LayerTransform:
-    """Exchanges a layer's quantised linears for plain ones with the weights that independent code reads from disk."""
-    names = checkpoint_names(read_json(directory / "config.json"))
-
-    def transform(index: int, layer: nn.Module) -> nn.Module:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, QuantizedLinear):
-                place = names.stored(f"model.layers.{index}.{name}")
-                stored = stored_weight(directory / WEIGHTS_FILE, place.name)
-                if place.part is not None:
-                    stored = rows_of_head_parts(stored, place.part, names.head_dim)
-                weight = torch.from_numpy(stored)
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                linear.register_parameter("bias", module.bias)
-                parent, _, attribute = name.rpartition(".")
-                setattr(layer.get_submodule(parent), attribute, linear)
-        return layer
-
-    return transform
 
 
 def peak_memory_bytes() -> int:
@@ -224,45 +138,137 @@ def _refuse_unusable(source: Path, out: Path) -> None:
         raise QuantizationError(f"{out} exists and is not empty; give the name of a new directory")
 
 
-def _prepare_text(encode: Encoder, options: QuantizeOptions) -> _Text:
-    held_out_rows = bundled_rows(BUNDLED_HELD_OUT)
-    if options.calibration is None:
-        rows = bundled_rows(BUNDLED_CALIBRATION)
-        calibration_file = _bundled_record(BUNDLED_CALIBRATION, rows)
-    else:
-        rows = load_rows(options.calibration)
-        digest = hashlib.sha256(options.calibration.read_bytes()).hexdigest()
-        calibration_file = DataFile(options.calibration.name, digest, len(rows))
-    ids = encode_rows(rows, encode, options.seed)
-    return _Text(
-        calibration=calibration_windows(ids, options.samples, options.seq_len),
-        held_out=held_out_windows(encode_rows(held_out_rows, encode), HELD_OUT_SEQ_LEN, HELD_OUT_TOKENS),
-        files=(calibration_file, _bundled_record(BUNDLED_HELD_OUT, held_out_rows)),
+def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
+    texts = prepare_texts(access.encoder(source), options)
+    layers = access.open(source)
+    plan = require_room(layers, options, out)
+    settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
+    return _Run(access, source, hash_directory(source), layers, settled, texts, progress)
+
+
+def _mention_other_works(out: Path, mark: str) -> None:
+    for path in other_works(out, mark):
+        logger.warning("unfinished_work path=%s reason=other options, text or source: delete it if not needed", path)
+
+
+def _quantize(run: _Run, work: WorkDirectory) -> list[LayerReport]:
+    options = run.options
+    done = work.num_done(run.layers.num_layers)
+    if done:
+        logger.info("quantising_goes_on layer=%d of=%d work=%s", done, run.layers.num_layers, work.path)
+    return quantize_to_disk(run.layers, run.texts.calibration, options.gptq, options.choice_of, work, run.progress)
+
+
+def _write(run: _Run, work: WorkDirectory, directory: Path) -> None:
+    """The result's files, from those of the layers; read back against them."""
+    stage = "Writing"
+    run.progress.update(stage, 0, 1)
+    indices = range(run.layers.num_layers)
+    choices: dict[str, LinearChoice] = {}
+    for index in indices:
+        choices.update(work.choices(index))
+    files = [work.file(index) for index in indices]
+    write_checkpoint(run.source, directory, files, choices, run.options.gptq)
+    require_same_tensors(directory, files)
+    run.progress.update(stage, 1, 1)
+
+
+def require_same_tensors(directory: Path, layers: Sequence[Path]) -> None:
+    """Whether the result holds what the layers' files hold, which were read back by independent code.
+
+    Raises CheckpointError for a tensor that is missing or differs.
+    """
+    written = {
+        name: file for path in directory.glob("*.safetensors") for file in [TensorFile(path)] for name in file.tensors
+    }
+    for file in map(TensorFile, layers):
+        for name in file.tensors:
+            if name not in written or not torch.equal(written[name].read(name), file.read(name)):
+                raise CheckpointError(
+                    f"{name} does not read back as it was quantised; nothing was published. Please report this"
+                )
+
+
+def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple[TextComparison, ...]:
+    """The written model against its source on every held-out text."""
+    windows = torch.cat([text.windows for text in run.texts.held_out])
+    choices = {
+        linear.name: LinearChoice(linear.bits, linear.group_size) for layer in layers for linear in layer.linears
+    }
+    result = run.access.open(directory)
+    paths = carry_paths(
+        run.layers, result, choices, run.options.gptq, windows, run.progress, "Measuring source and result"
+    )
+    serve = run.access.serving_logits(directory) if run.options.measures_serving else None
+    compared: list[TextComparison] = []
+    for text, first in zip(run.texts.held_out, _first_windows(run.texts.held_out), strict=True):
+        compared.append(_compare_text(text, first, paths, serve, run.progress))
+    return tuple(compared)
+
+
+def _first_windows(texts: Sequence[HeldOut]) -> list[int]:
+    """The index of each text's first window among all windows."""
+    counts = [text.windows.shape[0] for text in texts]
+    return [sum(counts[:position]) for position in range(len(counts))]
+
+
+def _compare_text(
+    text: HeldOut, first: int, paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
+) -> TextComparison:
+    others = [
+        lambda window: paths.result.logits(first + window),
+        lambda window: paths.nearest.logits(first + window),
+    ]
+    if serve is not None:
+        others.append(lambda window: serve(text.windows[window]))
+    perplexity, agreements = compare(
+        text.windows,
+        lambda window: paths.source.logits(first + window),
+        others,
+        progress,
+        f"Comparing predictions on {text.file.name}",
+    )
+    return TextComparison(
+        name=text.file.name,
+        sha256=text.file.sha256,
+        tokens=text.windows.numel(),
+        source_perplexity=perplexity,
+        plain=agreements[0],
+        round_to_nearest=agreements[1],
+        served=agreements[2] if serve is not None else None,
     )
 
 
-def _bundled_record(name: str, rows: Sequence[Row]) -> DataFile:
-    content = resources.files("quant").joinpath("data", name).read_bytes()
-    return DataFile(name, hashlib.sha256(content).hexdigest(), len(rows))
-
-
-def _measure(
-    access: ModelAccess,
-    model: MeasurableModel,
+def _report(
+    run: _Run,
+    layers: Sequence[LayerReport],
+    texts: tuple[TextComparison, ...],
     directory: Path,
-    windows: Tensor,
-    before: PlainPath,
-    progress: ProgressSink,
-) -> tuple[float, Agreement, Agreement | None]:
-    """The source's perplexity, and how the written model does on the plain path and on the one that serves."""
-    stage = "Measuring the quantised model"
-    after = PlainPath(model, windows, progress, stage, transform=stored_layer(directory))
-    others = [after.logits]
-    serve = access.serving_logits(directory)
-    if serve is not None:
-        others.append(lambda window: serve(windows[window]))
-    perplexity, agreements = compare(windows, before.logits, others, progress, "Comparing predictions")
-    return perplexity, agreements[0], agreements[1] if len(agreements) > 1 else None
+    quantize_seconds: float,
+    total_seconds: float,
+) -> QuantizationReport:
+    options = run.options
+    assert options.gptq.group_size is not None
+    return QuantizationReport(
+        source=_name(run.source),
+        bits=options.gptq.bits,
+        eight_bit=options.eight_bit,
+        group_size=options.gptq.group_size,
+        symmetric=options.gptq.symmetric,
+        act_order=options.gptq.act_order.value,
+        damp=options.gptq.damp,
+        calibration=run.texts.calibration_file,
+        calibration_tokens=run.texts.calibration.numel(),
+        texts=texts,
+        layers=layers,
+        source_bytes=_weight_bytes(run.source),
+        quantized_bytes=_weight_bytes(directory),
+        quantize_seconds=quantize_seconds,
+        total_seconds=total_seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        range_search=options.gptq.range_search,
+        seed=options.seed,
+    )
 
 
 def _refuse_bad_quality(report: QuantizationReport, limit: float | None) -> None:
@@ -274,10 +280,8 @@ def _refuse_bad_quality(report: QuantizationReport, limit: float | None) -> None
         )
 
 
-def _manifest(
-    source: Path, options: QuantizeOptions, report: QuantizationReport, text: _Text, chat_format: str | None
-) -> Manifest:
-    gptq = options.gptq
+def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
+    options, gptq = run.options, run.options.gptq
     config: Mapping[str, JsonValue] = {
         "method": "gptq",
         "bits": gptq.bits,
@@ -290,20 +294,20 @@ def _manifest(
         "seq_len": options.seq_len,
     }
     metrics: dict[str, JsonValue] = {
-        "source_perplexity": report.source_perplexity,
-        "perplexity": report.plain.perplexity,
-        "top1_agreement": report.plain.top1_agreement,
-        "mean_kl": report.plain.mean_kl,
+        "source_perplexity": report.texts[0].source_perplexity,
+        "perplexity": report.texts[0].plain.perplexity,
+        "top1_agreement": report.texts[0].plain.top1_agreement,
+        "mean_kl": report.texts[0].plain.mean_kl,
         "perplexity_increase_percent": report.perplexity_increase_percent,
     }
     return Manifest(
         stage="quantize",
-        parents=(Parent(_name(source), hash_directory(source)),),
-        data=text.files,
+        parents=(Parent(_name(run.source), run.source_sha256),),
+        data=run.texts.files,
         config=config,
         seed=options.seed,
         metrics=metrics,
-        chat_format_sha256=chat_format,
+        chat_format_sha256=run.access.chat_format_sha256(run.source),
     )
 
 

@@ -1,15 +1,14 @@
-"""The walk: every linear of every decoder layer quantised in place, each calibrated on what the quantised model before
-it really computes.
+"""The walk: every linear of one decoder layer after another quantised, each calibrated on what the quantised model
+before it really computes.
 
-One layer's activations are in memory at a time. Knows a layer by the protocols below, not by its class; loading,
-writing and reporting belong to `quant.quantize_directory`.
+One layer and the calibration activations are in memory at a time. Knows a layer by its modules' names, not by its
+class; where layers come from and go to belongs to `quant.layer_walk`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -20,24 +19,20 @@ from quant.errors import QuantizationError
 from quant.gptq import GptqOptions, HessianSum, choose_group_size, output_error, quantize_matrix
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import split_rows
+from quant.options import LinearChoice
 from quant.progress import ProgressSink
 
 QUANTIZE_STAGE = "quantize"
 # Tokens in one forward of one layer. Larger batches gain nothing on a CPU and cost memory.
 BATCH_TOKENS = 4096
-# Below this many outputs a matrix step is too small to share between threads: waiting for them costs more.
-MIN_OUTPUTS_FOR_THREADS = 4096
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 FEED_FORWARD_INPUTS = ("gate_proj", "up_proj")
 
+ChoiceOfLinear = Callable[[str], LinearChoice]
+
 
 class LayeredModel(Protocol):
-    """What the walk needs of a decoder: `serving.model.transformer.Decoder` has it.
-
-    Each layer has input_layernorm, self_attn (q_proj, k_proj, v_proj, o_proj), post_attention_layernorm and mlp
-    (gate_proj, up_proj, down_proj), and adds attention, then feed-forward, to its input. In a parallel block
-    post_attention_layernorm is None: feed-forward reads the same normed input as attention.
-    """
+    """A decoder that is wholly in memory: `serving.model.transformer.Decoder` is one."""
 
     @property
     def layers(self) -> nn.ModuleList: ...
@@ -62,11 +57,9 @@ class LayerReport:
     linears: tuple[LinearReport, ...]
 
 
-def input_sizes(model: LayeredModel) -> list[int]:
+def input_sizes(layers: Iterable[nn.Module]) -> list[int]:
     """The number of inputs of every linear that the walk quantises, each size once."""
-    sizes = {
-        module.in_features for layer in model.layers for module in layer.modules() if isinstance(module, nn.Linear)
-    }
+    sizes = {module.in_features for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
     return sorted(sizes)
 
 
@@ -82,65 +75,77 @@ def quantize_layers(
     options: GptqOptions,
     progress: ProgressSink,
     *,
-    bits_of_linear: Callable[[str], int] | None = None,
+    choice_of: ChoiceOfLinear | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[LayerReport]:
-    """Replace each linear of each layer by a `QuantizedLinear`, in place.
+    """Replace each linear of each layer of a model in memory by a `QuantizedLinear`, in place.
 
-    calibration:    (samples, tokens) token ids
-    bits_of_linear: by name such as `model.layers.0.mlp.down_proj`; options.bits where absent
-    dtype:          of activations and their products; bf16 where that is fast
-    Raises QuantizationError if the group size does not divide every linear's inputs.
+    calibration: (samples, tokens) token ids
+    choice_of:   by name such as `model.layers.0.mlp.down_proj`; what `options` say where absent
+    dtype:       of activations and their products; bf16 where that is fast
+    Raises QuantizationError if the group size does not divide every linear's inputs, or for values that are not finite.
     """
-    # Settled for the whole model here: left open, each matrix would choose its own.
-    options = replace(options, group_size=choose_group_size(input_sizes(model), options.group_size))
     layers = cast("Sequence[nn.Module]", model.layers)
+    # Settled for the whole model here: left open, each matrix would choose its own.
+    options = replace(options, group_size=choose_group_size(input_sizes(layers), options.group_size))
     with torch.inference_mode():
-        walk = _Walk(model, calibration, options, bits_of_linear, dtype or fast_product_dtype())
+        embedded = embed_in_batches(model.embed, calibration, dtype or fast_product_dtype())
+        walk = CalibrationWalk(embedded, model.rotary(torch.arange(calibration.shape[1])), options, choice_of)
         reports: list[LayerReport] = []
         progress.update(QUANTIZE_STAGE, 0, len(layers))
         for index, layer in enumerate(layers):
-            reports.append(LayerReport(index, tuple(walk.quantize_layer(index, layer))))
+            reports.append(walk.quantize_layer(index, layer))
             progress.update(QUANTIZE_STAGE, index + 1, len(layers))
     return reports
 
 
-class _Walk:
+def embed_in_batches(embed: Callable[[Tensor], Tensor], calibration: Tensor, dtype: torch.dtype) -> Tensor:
+    """(samples, tokens) ids -> (samples, tokens, hidden) in `dtype`."""
+    batches = calibration.split(_batch_samples(calibration.shape[1]))
+    return torch.cat([embed(ids).to(dtype) for ids in batches])
+
+
+def _batch_samples(tokens: int) -> int:
+    return max(1, BATCH_TOKENS // tokens)
+
+
+class CalibrationWalk:
     """The calibration activations at the entrance of the next layer, and how to carry them through it."""
 
     def __init__(
         self,
-        model: LayeredModel,
-        calibration: Tensor,
+        embedded: Tensor,
+        rotary: tuple[Tensor, Tensor],
         options: GptqOptions,
-        bits_of_linear: Callable[[str], int] | None,
-        dtype: torch.dtype,
+        choice_of: ChoiceOfLinear | None = None,
     ) -> None:
-        samples, tokens = calibration.shape
+        """embedded: (samples, tokens, hidden), used up; its type is that of all activations. options: with their
+        group size settled, for every linear that `choice_of` gives none."""
+        self._hidden = embedded
+        self._cos, self._sin = rotary
         self._options = options
-        self._bits_of_linear = bits_of_linear
-        self._dtype = dtype
-        self._batch = max(1, BATCH_TOKENS // tokens)
-        self._cos, self._sin = model.rotary(torch.arange(tokens))
-        self._hidden = torch.cat([model.embed(ids).to(dtype) for ids in calibration.split(self._batch)])
-        assert self._hidden.shape[:2] == (samples, tokens)
+        self._choice_of = choice_of
+        self._batch = _batch_samples(embedded.shape[1])
 
-    def quantize_layer(self, index: int, layer: nn.Module) -> list[LinearReport]:
-        """In the order in which a forward meets the linears; those that share an input share its Hessian."""
-        work = _LayerInWork(layer, self._dtype)
+    def quantize_layer(self, index: int, layer: nn.Module) -> LayerReport:
+        """In place, in the order in which a forward meets the linears; those that share an input share its Hessian."""
+        prefix = f"model.layers.{index}"
+        _require_finite_weights(prefix, layer)
+        work = _LayerInWork(layer, self._hidden.dtype)
         reports: list[LinearReport] = []
 
-        def settle(block: str, linears: Sequence[str], hessian: HessianSum) -> None:
+        def settle(block: str, linears: Sequence[str], hessian: Tensor) -> None:
             plain = work.plain_linears(block, linears)
-            made = self._quantize_linears(f"model.layers.{index}.{block}", plain, hessian)
+            made = self._quantize_linears(f"{prefix}.{block}", plain, hessian)
             for key, (linear, report) in made.items():
                 work.replace(block, key, linear)
                 reports.append(report)
 
         hessian = _hessian_of(map(work.attention_input, self._batches()))
         settle("self_attn", ATTENTION_INPUTS, hessian)
-        if work.is_parallel:
-            settle("mlp", FEED_FORWARD_INPUTS, hessian)
+        if work.shares_norm:
+            settle("mlp", work.feed_forward_inputs, hessian)
+        del hessian
 
         mixed = [work.mix(hidden, self._cos, self._sin) for hidden in self._batches()]
         settle("self_attn", ("o_proj",), _hessian_of(mixed))
@@ -148,14 +153,29 @@ class _Walk:
 
         if not work.is_parallel:
             self._add(attended)
-            settle("mlp", FEED_FORWARD_INPUTS, _hessian_of(map(work.feed_forward_input, self._batches())))
+        if not work.shares_norm:
+            settle("mlp", work.feed_forward_inputs, _hessian_of(map(work.feed_forward_input, self._batches())))
 
         inner = [work.activate(hidden) for hidden in self._batches()]
         settle("mlp", ("down_proj",), _hessian_of(inner))
         if work.is_parallel:
             self._add(attended)
         self._add([work.apply("mlp", "down_proj", inner.pop(0)) for _ in self._batches()])
-        return reports
+        self._require_finite_activations(prefix)
+        return LayerReport(index, tuple(reports))
+
+    def pass_through(self, index: int, layer: nn.Module) -> None:
+        """Carry the activations through a layer that is quantised already; its plain parameters change their type."""
+        layer.to(self._hidden.dtype)
+        for hidden in self._batches():
+            hidden.copy_(layer(hidden, self._cos, self._sin))
+        self._require_finite_activations(f"model.layers.{index}")
+
+    def _require_finite_activations(self, prefix: str) -> None:
+        if not all(bool(hidden.isfinite().all()) for hidden in self._batches()):
+            raise QuantizationError(
+                f"the activations that leave {prefix} are not finite (NaN or infinity); the source cannot be used so"
+            )
 
     def _add(self, outputs: list[Tensor]) -> None:
         """To the activations, batch by batch; `outputs` is used up."""
@@ -167,30 +187,48 @@ class _Walk:
         return self._hidden.split(self._batch)
 
     def _quantize_linears(
-        self, prefix: str, linears: dict[str, nn.Linear], hessian: HessianSum
+        self, prefix: str, linears: dict[str, nn.Linear], hessian: Tensor
     ) -> dict[str, tuple[QuantizedLinear, LinearReport]]:
-        mean = hessian.mean()
+        if not bool(hessian.isfinite().all()):
+            names = "/".join(linears)
+            raise QuantizationError(
+                f"{prefix}.{names}: the calibration activations that go into it are not finite (NaN or infinity)"
+            )
         made: dict[str, tuple[QuantizedLinear, LinearReport]] = {}
-        names_of_bits: dict[int, list[str]] = {}
-        for key in linears:
-            bits = self._options.bits if self._bits_of_linear is None else self._bits_of_linear(f"{prefix}.{key}")
-            names_of_bits.setdefault(bits, []).append(key)
-        for bits, keys in names_of_bits.items():
-            # Rows do not influence each other, so linears of one input and one width go through as one matrix.
-            weights = [linears[key].weight.detach().to(torch.float32) for key in keys]
-            options = replace(self._options, bits=bits)
+        for choice, keys in self._keys_of_choice(prefix, linears).items():
             try:
-                with _fitting_threads(sum(weight.shape[0] for weight in weights)):
-                    result = quantize_matrix(torch.cat(weights), mean, options)
+                made.update(self._quantize_together(prefix, {key: linears[key] for key in keys}, hessian, choice))
             except QuantizationError as error:
                 raise QuantizationError(f"{prefix}.{'/'.join(keys)}: {error}") from error
-            matrices = split_rows(result.matrix, [weight.shape[0] for weight in weights])
-            for key, weight, matrix in zip(keys, weights, matrices, strict=True):
-                error = output_error(weight, matrix, mean)
-                group_size = options.group_size or matrix.group_size  # -1 stays -1
-                report = LinearReport(f"{prefix}.{key}", bits, group_size, error, result.damp)
-                made[key] = (QuantizedLinear(matrix, linears[key].bias), report)
         return {key: made[key] for key in linears}
+
+    def _keys_of_choice(self, prefix: str, keys: Iterable[str]) -> dict[LinearChoice, list[str]]:
+        keys_of_choice: dict[LinearChoice, list[str]] = {}
+        for key in keys:
+            choice = LinearChoice(self._options.bits)
+            if self._choice_of is not None:
+                choice = self._choice_of(f"{prefix}.{key}")
+            if choice.group_size is None:
+                choice = replace(choice, group_size=self._options.group_size)
+            keys_of_choice.setdefault(choice, []).append(key)
+        return keys_of_choice
+
+    def _quantize_together(
+        self, prefix: str, linears: dict[str, nn.Linear], hessian: Tensor, choice: LinearChoice
+    ) -> dict[str, tuple[QuantizedLinear, LinearReport]]:
+        """Rows do not influence each other, so linears of one input and one choice go through as one matrix."""
+        sizes = [linear.out_features for linear in linears.values()]
+        weights = torch.cat([linear.weight.detach().to(torch.float32) for linear in linears.values()])
+        options = replace(self._options, bits=choice.bits, group_size=choice.group_size)
+        result = quantize_matrix(weights, hessian, options)
+        made: dict[str, tuple[QuantizedLinear, LinearReport]] = {}
+        parts = zip(linears.items(), weights.split(sizes), split_rows(result.matrix, sizes), strict=True)
+        for (key, linear), weight, matrix in parts:
+            error = output_error(weight, matrix, hessian)
+            group_size = options.group_size or matrix.group_size  # -1 stays -1
+            report = LinearReport(f"{prefix}.{key}", choice.bits, group_size, error, result.damp)
+            made[key] = (QuantizedLinear(matrix, linear.bias), report)
+        return made
 
 
 class _LayerInWork:
@@ -202,7 +240,15 @@ class _LayerInWork:
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._layer = layer
         self._copy = _copy_without_linears(layer).to(dtype)
-        self.is_parallel = getattr(layer, "post_attention_layernorm", None) is None
+        own_norm = getattr(layer, "post_attention_layernorm", None)
+        self.is_parallel = bool(getattr(layer, "is_parallel", own_norm is None))
+        self.shares_norm = own_norm is None
+
+    @property
+    def feed_forward_inputs(self) -> list[str]:
+        """The linears that read the feed-forward's input: without a gate there is one."""
+        mlp = _child(self._layer, "mlp")
+        return [name for name in FEED_FORWARD_INPUTS if getattr(mlp, name, None) is not None]
 
     def plain_linears(self, block: str, names: Sequence[str]) -> dict[str, nn.Linear]:
         owner = _child(self._layer, block)
@@ -216,7 +262,7 @@ class _LayerInWork:
         return _child(self._copy, "input_layernorm")(hidden)
 
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
-        norm = "input_layernorm" if self.is_parallel else "post_attention_layernorm"
+        norm = "input_layernorm" if self.shares_norm else "post_attention_layernorm"
         return _child(self._copy, norm)(hidden)
 
     def mix(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -231,14 +277,22 @@ class _LayerInWork:
         return _child(_child(self._copy, block), name)(inputs)
 
 
-def _hessian_of(batches: Iterable[Tensor]) -> HessianSum:
-    """batches: (samples, tokens, inputs) each, at least one."""
+def _hessian_of(batches: Iterable[Tensor]) -> Tensor:
+    """batches: (samples, tokens, inputs) each, at least one. Returns (inputs, inputs) float32."""
     total: HessianSum | None = None
     for inputs in batches:
         total = total or HessianSum(inputs.shape[-1])
         total.add(inputs)
     assert total is not None
-    return total
+    return total.mean()
+
+
+def _require_finite_weights(prefix: str, layer: nn.Module) -> None:
+    for name, parameter in layer.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise QuantizationError(
+                f"{prefix}.{name} holds values that are not finite (NaN or infinity); the source is damaged"
+            )
 
 
 def _copy_without_linears(layer: nn.Module) -> nn.Module:
@@ -263,16 +317,3 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
             f"{name} is a {type(child).__name__}, not a plain linear; is the model quantised already?"
         )
     return child
-
-
-@contextlib.contextmanager
-def _fitting_threads(out_features: int) -> Generator[None]:
-    before = torch.get_num_threads()
-    if out_features >= MIN_OUTPUTS_FOR_THREADS or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

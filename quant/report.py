@@ -1,114 +1,240 @@
-"""The quality report beside the weights: `quantization_report.json` for programs, `quantization_report.md` to read."""
+"""The quality report beside the weights: `quantization_report.json` for programs, `.md` to read, `.png` to look at.
+
+`quant.quantize_directory` fills it in; `causerie serve` reads the summary of any version back with `read_summary`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import cast
 
-from quant.gptq import ActOrder
+from quant.errors import CheckpointError
+from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
+from quant.model_directory import DataFile
 from quant.quantize_model import LayerReport
+
+logger = logging.getLogger(__name__)
 
 REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
-_ACT_ORDER_WORDS: Final[Mapping[ActOrder, str]] = {
-    ActOrder.NONE: "",
-    ActOrder.STATIC: ", act-order with static groups",
-    ActOrder.SHUFFLED: ", true act-order (shuffled groups)",
-}
+REPORT_PLOT = "quantization_report.png"
+# 1 had one held-out text, and none of the fields that describe a text, the baseline, the speed and the head.
+REPORT_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TextComparison:
+    """How the result predicts one held-out text, beside its source.
+
+    name, sha256:     of the text's file
+    tokens:           compared
+    plain:            dequantised weights, float32 arithmetic
+    served:           the path that serves, with its rounded activations; None where there is none to measure
+    round_to_nearest: the same bits and groups without GPTQ, on the plain path: the baseline; None if not measured
+    """
+
+    name: str
+    sha256: str
+    tokens: int
+    source_perplexity: float
+    plain: Agreement
+    served: Agreement | None = None
+    round_to_nearest: Agreement | None = None
+
+    @property
+    def result_paths(self) -> tuple[Agreement, ...]:
+        """The result's own, without the baseline."""
+        return (self.plain,) if self.served is None else (self.plain, self.served)
+
+    def increase_percent(self, path: Agreement) -> float:
+        """How much higher its perplexity is than the source's."""
+        return 100.0 * (path.perplexity / self.source_perplexity - 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpeed:
+    """One stream, greedy, in the engine: loading in seconds, then tokens per second. `threads` were used."""
+
+    load_seconds: float
+    tokens_per_second: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetTrial:
+    """One step of the search for a perplexity budget: how many linears were refined, and what that gave.
+
+    refined:          linears that got 8 bits or a smaller group than the others
+    weight_bytes:     of all linears together
+    increase_percent: of perplexity over the source's
+    """
+
+    refined: int
+    weight_bytes: int
+    increase_percent: float
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """What was done and what it cost. `served` is None where no serving path was given to measure.
+    """What was done and what it cost. Times in seconds, sizes in bytes.
 
-    Times in seconds, sizes in bytes. `largest_logit_difference`: between the model in memory and the one read back.
+    source:          the source's name; `adapter` the name of what was merged into it first, or None
+    bits, group_size: of the linears that are not listed otherwise in `layers`; -1 is one group over all inputs
+    eight_bit:       linears that were asked to have 8 bits in every layer
+    act_order:       "none", "static" or "shuffled"
+    range_search:    whether each group's range was chosen by its error
+    calibration:     the file that the calibration text came from
+    texts:           the held-out texts, at least one
+    layers:          bits, group size and error of every linear
+    source_bytes, quantized_bytes: of the weight files
+    source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
+    budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
     """
 
     source: str
     bits: int
-    eight_bit: tuple[str, ...]  # linears that got 8 bits in every layer
+    eight_bit: tuple[str, ...]
     group_size: int
     symmetric: bool
-    act_order: ActOrder
+    act_order: str
     damp: float
+    calibration: DataFile
     calibration_tokens: int
-    held_out_tokens: int
-    source_perplexity: float
-    plain: Agreement
-    served: Agreement | None
+    texts: tuple[TextComparison, ...]
     layers: Sequence[LayerReport]
     source_bytes: int
     quantized_bytes: int
     quantize_seconds: float
     total_seconds: float
     peak_memory_bytes: int
-    largest_logit_difference: float
+    range_search: bool = True
+    head_bits: int | None = None
+    embedding_bits: int | None = None
+    adapter: str | None = None
+    seed: int = 0
+    source_speed: DecodeSpeed | None = None
+    quantized_speed: DecodeSpeed | None = None
+    budget_percent: float | None = None
+    budget_trials: tuple[BudgetTrial, ...] = ()
 
     @property
     def perplexity_increase_percent(self) -> float:
-        """On the path that serves if it was measured, else on the plain one: the worse of the two."""
-        worst = max(path.perplexity for path in (self.plain, self.served) if path is not None)
-        return 100.0 * (worst / self.source_perplexity - 1.0)
+        """The worst of all texts, on the plain path and on the one that serves."""
+        return max(text.increase_percent(path) for text in self.texts for path in text.result_paths)
+
+    @property
+    def top1_agreement(self) -> float:
+        """The worst of all texts and of both paths, 0 to 1."""
+        return min(path.top1_agreement for text in self.texts for path in text.result_paths)
+
+    @property
+    def mean_kl(self) -> float:
+        """The worst of all texts and of both paths, nats per token."""
+        return max(path.mean_kl for text in self.texts for path in text.result_paths)
+
+    @property
+    def written_format(self) -> WrittenFormat:
+        linears = [linear for layer in self.layers for linear in layer.linears]
+        return WrittenFormat(
+            bits=frozenset(linear.bits for linear in linears) or frozenset({self.bits}),
+            group_sizes=frozenset(linear.group_size for linear in linears) or frozenset({self.group_size}),
+            symmetric=self.symmetric,
+            act_order=self.act_order,
+            head_bits=self.head_bits,
+            embedding_bits=self.embedding_bits,
+        )
+
+    @property
+    def who_loads(self) -> tuple[Loader, ...]:
+        return who_loads(self.written_format)
+
+    @property
+    def summary(self) -> str:
+        """One line: what it is, and what it cost."""
+        return _summary_of(self.as_record()).line
+
+    def as_record(self) -> dict[str, object]:
+        """What the JSON file holds. The first text stands at the top level too, where version 1 had its only one."""
+        first = self.texts[0]
+        return {
+            "version": REPORT_VERSION,
+            **asdict(self),
+            "perplexity_increase_percent": self.perplexity_increase_percent,
+            "top1_agreement": self.top1_agreement,
+            "mean_kl": self.mean_kl,
+            "who_loads": [asdict(loader) for loader in self.who_loads],
+            "held_out_tokens": first.tokens,
+            "source_perplexity": first.source_perplexity,
+            "plain": asdict(first.plain),
+            "served": None if first.served is None else asdict(first.served),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSummary:
+    """What a server wants to know of a report: one line to show, and the worst top-1 agreement, 0 to 1."""
+
+    line: str
+    top1_agreement: float
 
 
 def write_report(directory: Path, report: QuantizationReport) -> None:
-    record = {**asdict(report), "perplexity_increase_percent": report.perplexity_increase_percent}
-    (directory / REPORT_JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (directory / REPORT_MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
+    """JSON, Markdown and, where matplotlib is installed, the picture."""
+    from quant.report_plot import is_plot_possible, write_plot
+    from quant.report_text import as_markdown
+
+    (directory / REPORT_JSON).write_text(json.dumps(report.as_record(), indent=2) + "\n", encoding="utf-8")
+    has_plot = is_plot_possible()
+    if has_plot:
+        write_plot(report, directory / REPORT_PLOT)
+    else:
+        logger.info("report_without_picture reason=matplotlib_is_not_installed")
+    text = as_markdown(report, picture=REPORT_PLOT if has_plot else None)
+    (directory / REPORT_MARKDOWN).write_text(text, encoding="utf-8")
 
 
-def as_markdown(report: QuantizationReport) -> str:
-    kind = "symmetric" if report.symmetric else "asymmetric"
-    order = _ACT_ORDER_WORDS[report.act_order]
-    eight = f" (8 for {', '.join(report.eight_bit)})" if report.eight_bit else ""
-    rows = [("plain (float32, dequantised)", report.plain)]
-    if report.served is not None:
-        rows.append(("as served", report.served))
-    lines = [
-        f"# Quantisation of {report.source}",
-        "",
-        f"GPTQ, {report.bits} bits{eight}, group size {report.group_size}, {kind}{order}; "
-        f"{report.calibration_tokens:,} calibration tokens, {report.held_out_tokens:,} held-out tokens.",
-        "",
-        "| path | perplexity | change | top-1 agreement | mean KL (nats) |",
-        "| --- | --: | --: | --: | --: |",
-        f"| source | {report.source_perplexity:.4f} | | | |",
-        *(_agreement_row(name, path, report.source_perplexity) for name, path in rows),
-        "",
-        f"Weights: {_megabytes(report.source_bytes)} before, {_megabytes(report.quantized_bytes)} after. "
-        f"Quantised in {report.quantize_seconds:.0f} s, {report.total_seconds:.0f} s with loading, checking and "
-        f"measuring; peak memory {_megabytes(report.peak_memory_bytes)}. "
-        f"Read back from disk by independent code: largest logit difference {report.largest_logit_difference:.1e}.",
-        "",
-        "Error of each linear: squared error of its outputs over their squared norm, on the calibration text, in %.",
-        "",
-        *_layer_table(report.layers),
-    ]
-    return "\n".join(lines) + "\n"
+def read_summary(directory: Path) -> ReportSummary | None:
+    """Of a report of any version; None where there is none. CheckpointError if there is one that cannot be read."""
+    path = directory / REPORT_JSON
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise TypeError(f"it holds {type(record).__name__}")
+        return _summary_of(cast("Mapping[str, object]", record))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not a quantisation report ({error}); quantise the model again, or delete the file"
+        ) from error
 
 
-def _agreement_row(name: str, path: Agreement, before: float) -> str:
-    change = 100.0 * (path.perplexity / before - 1.0)
-    return f"| {name} | {path.perplexity:.4f} | {change:+.2f} % | {path.top1_agreement:.2%} | {path.mean_kl:.5f} |"
+def _summary_of(record: Mapping[str, object]) -> ReportSummary:
+    """From the JSON file's content. Raises TypeError, ValueError or KeyError where it is not what a report holds."""
+    paths = [cast("Mapping[str, object]", record[name]) for name in ("plain", "served") if record.get(name)]
+    worst = max(paths, key=lambda path: _number(path["perplexity"]))
+    # Version 1 has no figures over all texts: it had one.
+    top1 = _number(record.get("top1_agreement", min(_number(path["top1_agreement"]) for path in paths)))
+    mean_kl = _number(record.get("mean_kl", max(_number(path["mean_kl"]) for path in paths)))
+    if not 0 <= top1 <= 1:
+        raise ValueError(f"top1_agreement is {top1}, expected 0 to 1")
+    line = (
+        f"{record['bits']} bits, group size {record['group_size']}, "
+        f"{'symmetric' if record['symmetric'] else 'asymmetric'}, {_number(record['quantized_bytes']) / 1e6:,.0f} MB "
+        f"(source {_number(record['source_bytes']) / 1e6:,.0f} MB): "
+        f"perplexity {_number(record['source_perplexity']):.3f} -> {_number(worst['perplexity']):.3f} "
+        f"({_number(record['perplexity_increase_percent']):+.2f} %), top-1 agreement {top1:.1%}, "
+        f"mean KL {mean_kl:.4f} nats"
+    )
+    return ReportSummary(line, top1)
 
 
-def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    if not layers:
-        return []
-    names = [linear.name.rpartition(".")[2] for linear in layers[0].linears]
-    lines = [f"| layer | {' | '.join(names)} |", f"| --: |{' --: |' * len(names)}"]
-    for layer in layers:
-        errors = " | ".join(
-            f"{100 * linear.error:.3f}" + ("" if linear.bits == 4 else f" ({linear.bits} bits)")
-            for linear in layer.linears
-        )
-        lines.append(f"| {layer.index} | {errors} |")
-    return lines
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"found {value!r} where a number belongs")
+    return float(value)

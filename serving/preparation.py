@@ -148,7 +148,9 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
         symmetric=recipe.symmetric,
         act_order=ActOrder.STATIC if recipe.act_order else ActOrder.NONE,
     )
-    quantize_directory(source, target, QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit), progress)
+    # A first start is waited for: one held-out text is enough.
+    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False)
+    quantize_directory(source, target, asked, progress)
 
 
 class _Interruption(BaseException):

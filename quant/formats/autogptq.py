@@ -1,7 +1,8 @@
-"""AutoGPTQ's tensors: packs version 1, reads versions 1 ("gptq") and 2 ("gptq_v2").
+"""AutoGPTQ's tensors, packed and read in versions 1 ("gptq") and 2 ("gptq_v2").
 
 For a linear `p`: `p.qweight` int32 (in / pack, out), `p.qzeros` int32 (groups, out / pack), `p.scales` fp16
-(groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one. Only safetensors are read.
+(groups, out), `p.g_idx` int32 (in,). Version 1 stores each zero point minus one, version 2 as it is. Only safetensors
+are read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
@@ -23,11 +25,15 @@ from quant.formats.pickled import pickled_hint
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
-FORMAT_V1 = "gptq"
-FORMAT_V2 = "gptq_v2"
-KNOWN_FORMATS = (FORMAT_V1, FORMAT_V2)
 PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
+
+
+class CheckpointFormat(StrEnum):
+    """By the names that files and other tools use. Every engine reads version 1; some do not know version 2."""
+
+    V1 = "gptq"
+    V2 = "gptq_v2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class GptqSettings:
 
     bits: int
     group_size: int | None
-    checkpoint_format: str
+    checkpoint_format: CheckpointFormat
 
 
 def is_packed_tensor(name: str) -> bool:
@@ -63,12 +69,12 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     method = section.get("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(f"{origin}: quant_method {method!r} is not supported; 'gptq' is")
-    checkpoint_format = section.get("checkpoint_format") or FORMAT_V1
+    checkpoint_format = section.get("checkpoint_format") or CheckpointFormat.V1
     if section.get("is_marlin_format") is True:
         checkpoint_format = "marlin"
-    if checkpoint_format not in KNOWN_FORMATS:
+    if checkpoint_format not in list(CheckpointFormat):
         raise CheckpointError(
-            f"{origin}: checkpoint_format {checkpoint_format!r} is not known; known are {', '.join(KNOWN_FORMATS)}. "
+            f"{origin}: checkpoint_format {checkpoint_format!r} is not known; known are {', '.join(CheckpointFormat)}. "
             "Quantise the source model again with `causerie quantize`"
         )
     bits = section.get("bits")
@@ -80,7 +86,7 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     return GptqSettings(
         bits=cast("int", bits),
         group_size=None if group_size == -1 else group_size,
-        checkpoint_format=str(checkpoint_format),
+        checkpoint_format=CheckpointFormat(str(checkpoint_format)),
     )
 
 
@@ -113,22 +119,27 @@ def read_quantized_linears(directory: Path) -> dict[str, QuantizedMatrix]:
     return dict(iterate_quantized_linears(directory))
 
 
-def pack_linear(matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """The four tensors of one linear in version 1: qweight, qzeros, scales, g_idx.
+def pack_linear(
+    matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat = CheckpointFormat.V1
+) -> dict[str, Tensor]:
+    """The four tensors of one linear: qweight, qzeros, scales, g_idx.
 
-    Raises ValueError for a zero point of 0: stored minus one it would borrow from every later code of its word.
+    Raises ValueError for a zero point of 0 in version 1: minus one it would borrow from every later code of its word.
     """
     per_word = codes_per_word(matrix.bits)
     if matrix.in_features % per_word or matrix.out_features % per_word:
         raise ValueError(
             f"a {matrix.out_features} x {matrix.in_features} matrix does not fill whole words of {per_word} codes"
         )
-    if int(matrix.zeros.min()) < 1:
-        raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+    zeros = matrix.zeros.t().to(torch.int64)
+    if checkpoint_format is CheckpointFormat.V1:
+        if int(zeros.min()) < 1:
+            raise ValueError("GPTQ version 1 cannot store zero point 0; shift the grid so that it starts at 1")
+        zeros = zeros - 1
     trivial = torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size
     return {
         "qweight": pack_rows(matrix.codes.t(), matrix.bits),
-        "qzeros": pack_columns(matrix.zeros.t().to(torch.int64) - 1, matrix.bits),
+        "qzeros": pack_columns(zeros, matrix.bits),
         "scales": matrix.scales.t().to(torch.float16).contiguous(),
         "g_idx": trivial if matrix.group_of_input is None else matrix.group_of_input,
     }
@@ -151,7 +162,7 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
         raise CheckpointError(f"{name}: qzeros {tuple(qzeros.shape)} do not fit scales {tuple(scales.shape)}")
     zeros = unpack_columns(qzeros, bits)
-    if settings.checkpoint_format == FORMAT_V1:
+    if settings.checkpoint_format is CheckpointFormat.V1:
         zeros = _restore_v1_zeros(name, zeros, bits)
     return QuantizedMatrix(
         codes=codes,

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 
-def stored_weight(file: Path, linear: str) -> NDArray[np.float32]:
-    """(out, in) float32: the weight that a version 1 reader makes of the four tensors of `linear`."""
+def stored_weight(file: Path, linear: str, *, zero_offset: int = 1) -> NDArray[np.float32]:
+    """(out, in) float32: the weight that a reader makes of the four tensors of `linear`.
+
+    zero_offset: what the reader adds to a stored zero point, 1 in version 1 and 0 in version 2
+    """
     with safe_open(file, framework="np") as tensors:
         qweight, qzeros, scales, g_idx = (
             tensors.get_tensor(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
         )
-    return weight_from_words(qweight, qzeros, scales, g_idx)
+    return weight_from_words(qweight, qzeros, scales, g_idx, zero_offset=zero_offset)
 
 
 def rows_of_head_parts(weight: NDArray[np.float32], part: int, head_dim: int) -> NDArray[np.float32]:
@@ -29,7 +32,12 @@ def rows_of_head_parts(weight: NDArray[np.float32], part: int, head_dim: int) ->
 
 
 def weight_from_words(
-    qweight: NDArray[np.int32], qzeros: NDArray[np.int32], scales: NDArray[np.float16], g_idx: NDArray[np.int32]
+    qweight: NDArray[np.int32],
+    qzeros: NDArray[np.int32],
+    scales: NDArray[np.float16],
+    g_idx: NDArray[np.int32],
+    *,
+    zero_offset: int = 1,
 ) -> NDArray[np.float32]:
     """qweight (in / pack, out), qzeros (groups, out / pack), scales (groups, out), g_idx (in,) -> (out, in)."""
     num_inputs, num_outputs = g_idx.shape[0], scales.shape[1]
@@ -40,6 +48,6 @@ def weight_from_words(
     for position in range(pack):
         shift = np.uint32(32 // pack * position)
         codes[position::pack] = (qweight.view(np.uint32) >> shift) & mask
-        zeros[:, position::pack] = ((qzeros.view(np.uint32) >> shift) & mask) + 1
+        zeros[:, position::pack] = ((qzeros.view(np.uint32) >> shift) & mask) + zero_offset
     weight = (codes - zeros[g_idx]) * scales.astype(np.float32)[g_idx]
     return np.ascontiguousarray(weight.T)

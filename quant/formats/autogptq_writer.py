@@ -1,7 +1,8 @@
 """Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
 
-Only float32 becomes float16: of a small model the embeddings would else be most of the file. Tokenizer, chat template
-and generation settings are copied; `config.json` gains `quantization_config`.
+Nothing is in memory for longer than it takes to copy: packed linears come from the files of single layers, the rest
+from the source. Only float32 becomes float16: of a small model the embeddings would else be most of the file.
+Tokenizer, chat template and generation settings are copied; `config.json` gains `quantization_config`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import FORMAT_V1, QUANTIZE_CONFIG_FILE, locate_tensors, pack_linear, read_json
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, CheckpointFormat, locate_tensors, read_json
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
 from quant.gptq import ActOrder, GptqOptions
-from quant.matrix import QuantizedMatrix
+from quant.options import LinearChoice
 
-WEIGHTS_FILE = "model.safetensors"
-COPIED_FILES = (
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+# As large as the hub's own files are by default.
+SHARD_BYTES: Final = 5 * 10**9
+COPIED_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -40,25 +44,31 @@ COPIED_FILES = (
 
 
 def write_checkpoint(
-    source: Path, target: Path, matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+    source: Path,
+    target: Path,
+    layers: Sequence[Path],
+    choices: Mapping[str, LinearChoice],
+    options: GptqOptions,
+    *,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Fill the existing directory `target`. `matrices` by our decoder's linears (`model.layers.0.mlp.down_proj`).
+    """Fill the existing directory `target`.
 
-    The file has the names of the source's own family, queries, keys and values fused again where it fuses them.
-    Raises CheckpointError if the source has no weight for a matrix, values that float16 cannot hold, or fused linears
-    with more than one grid.
+    layers:  safetensors files with the packed linears, by their names on disk (`CheckpointNames`)
+    choices: bits and group size of every linear in them, by the same names
+    options: with their group size settled
+    checkpoint_format: the one that `layers` are packed in
+    Raises CheckpointError if the source has no weight for a linear, or values that float16 cannot hold.
     """
     config = read_json(source / "config.json")
-    names = checkpoint_names(config)
-    matrices = names.fuse_matrices(matrices)
-    settings = quantization_config(matrices, options, group_size)
-    tensors = _plain_tensors(source, matrices, names)
-    if any(tensor.dtype is torch.float32 for tensor in tensors.values()):
-        tensors = {name: narrowed(name, tensor) for name, tensor in tensors.items()}
+    settings = quantization_config(choices, options, checkpoint_format)
+    plain = _plain_tensors(source, choices, checkpoint_names(config))
+    if any(tensor.dtype is torch.float32 for tensor in plain):
+        plain = [_narrowed(tensor) for tensor in plain]
         config.update({key: "float16" for key in ("dtype", "torch_dtype") if config.get(key) == "float32"})
-    for name, matrix in matrices.items():
-        tensors.update({f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()})
-    save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    packed = [as_stored(file, name) for file in map(TensorFile, layers) for name in file.tensors]
+    _write_shards(target, [*plain, *packed], shard_bytes)
     _write_json(target / "config.json", {**config, "quantization_config": settings})
     _write_json(target / QUANTIZE_CONFIG_FILE, settings)
     for name in COPIED_FILES:
@@ -67,14 +77,16 @@ def write_checkpoint(
 
 
 def quantization_config(
-    matrices: Mapping[str, QuantizedMatrix], options: GptqOptions, group_size: int
+    choices: Mapping[str, LinearChoice],
+    options: GptqOptions,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
 ) -> dict[str, object]:
-    """Every field that other engines look at. `dynamic` names the linears whose bits differ from the rest."""
+    """Every field that other engines look at. `dynamic` names the linears that differ from the rest."""
     settings: dict[str, object] = {
         "quant_method": "gptq",
-        "checkpoint_format": FORMAT_V1,
+        "checkpoint_format": checkpoint_format.value,
         "bits": options.bits,
-        "group_size": group_size,
+        "group_size": options.group_size,
         "sym": options.symmetric,
         # Static act-order keeps its groups in natural order, so the file is an ordinary one without reordering.
         "desc_act": options.act_order is ActOrder.SHUFFLED,
@@ -85,34 +97,72 @@ def quantization_config(
         "pack_dtype": "int32",
         "meta": {"quantizer": ["causerie"]},
     }
-    other = {name: matrix.bits for name, matrix in matrices.items() if matrix.bits != options.bits}
-    if other:
-        settings["dynamic"] = {f"+:{re.escape(name)}$": {"bits": bits} for name, bits in other.items()}
+    dynamic: dict[str, dict[str, int]] = {}
+    for name, choice in choices.items():
+        override: dict[str, int] = {}
+        if choice.bits != options.bits:
+            override["bits"] = choice.bits
+        if choice.group_size is not None and choice.group_size != options.group_size:
+            override["group_size"] = choice.group_size
+        if override:
+            dynamic[f"+:{re.escape(name)}$"] = override
+    if dynamic:
+        settings["dynamic"] = dynamic
     return settings
 
 
-def narrowed(name: str, tensor: Tensor) -> Tensor:
-    """In the type it is written in. Raises CheckpointError if that cannot hold its values."""
+def _plain_tensors(source: Path, choices: Iterable[str], names: CheckpointNames) -> list[TensorToWrite]:
+    """Everything of the source that is not quantised, by the names to write it with. `choices` by names on disk."""
+    file_of_tensor = locate_tensors(source)
+    files = {path: TensorFile(path) for path in sorted(set(file_of_tensor.values()))}
+    quantized = {f"{name}.weight" for name in choices}
+    kept: list[TensorToWrite] = []
+    for stored, path in file_of_tensor.items():
+        name = names.standard(stored)
+        if name in quantized:
+            quantized.remove(name)
+        elif not names.is_derived(stored):
+            kept.append(as_stored(files[path], stored, name))
+    if quantized:
+        raise CheckpointError(f"{source} has no weight for {min(quantized).removesuffix('.weight')}")
+    return kept
+
+
+def _narrowed(tensor: TensorToWrite) -> TensorToWrite:
     if tensor.dtype is not torch.float32:
         return tensor
-    narrow = tensor.to(torch.float16)
-    if not bool(narrow.isfinite().all()):
-        raise CheckpointError(f"{name} has values that float16 cannot hold; convert the source to bfloat16 first")
-    return narrow
+
+    def rows(first: int, last: int) -> Tensor:
+        narrow = tensor.rows(first, last).to(torch.float16)
+        if not bool(narrow.isfinite().all()):
+            raise CheckpointError(
+                f"{tensor.name} has values that float16 cannot hold; convert the source to bfloat16 first"
+            )
+        return narrow
+
+    return TensorToWrite(tensor.name, torch.float16, tensor.shape, rows)
 
 
-def _plain_tensors(source: Path, matrices: Mapping[str, QuantizedMatrix], names: CheckpointNames) -> dict[str, Tensor]:
-    """Everything of the source that is not quantised, by the names to write it with. `matrices` by names on disk."""
-    place = {names.standard(stored): (stored, path) for stored, path in locate_tensors(source).items()}
-    missing = [name for name in matrices if f"{name}.weight" not in place]
-    if missing:
-        raise CheckpointError(f"{source} has no weight for {missing[0]}")
-    tensors: dict[str, Tensor] = {}
-    for name, (stored, path) in place.items():
-        if name.removesuffix(".weight") not in matrices and not names.is_derived(stored):
-            with safe_open(path, framework="pt") as file:
-                tensors[name] = file.get_tensor(stored)
-    return tensors
+def _write_shards(target: Path, tensors: Sequence[TensorToWrite], shard_bytes: int) -> None:
+    """One file, or where that would be too large several and an index, as the hub names them."""
+    shards: list[list[TensorToWrite]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    if len(shards) == 1:
+        write_tensors(target / WEIGHTS_FILE, shards[0], {"format": "pt"})
+        return
+    file_of_tensor: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(target / name, shard, {"format": "pt"})
+        file_of_tensor.update({tensor.name: name for tensor in shard})
+    total = sum(tensor.num_bytes for tensor in tensors)
+    _write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of_tensor})
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

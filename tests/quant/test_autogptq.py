@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import (
+    CheckpointFormat,
     GptqSettings,
     gptq_settings,
     is_packed_tensor,
@@ -28,8 +29,8 @@ from quant.matrix import QuantizedMatrix
 
 pytestmark = pytest.mark.unit
 
-V1 = GptqSettings(bits=4, group_size=32, checkpoint_format="gptq")
-V2 = GptqSettings(bits=4, group_size=32, checkpoint_format="gptq_v2")
+V1 = GptqSettings(bits=4, group_size=32, checkpoint_format=CheckpointFormat.V1)
+V2 = GptqSettings(bits=4, group_size=32, checkpoint_format=CheckpointFormat.V2)
 
 
 def random_matrix(bits: int = 4, seed: int = 0) -> QuantizedMatrix:
@@ -44,9 +45,9 @@ def random_matrix(bits: int = 4, seed: int = 0) -> QuantizedMatrix:
     )
 
 
-def independent_weight(tensors: dict[str, Tensor]) -> Tensor:
+def independent_weight(tensors: dict[str, Tensor], zero_offset: int = 1) -> Tensor:
     words, zeros, scales, g_idx = (tensors[name].numpy() for name in ("qweight", "qzeros", "scales", "g_idx"))
-    return torch.from_numpy(weight_from_words(words, zeros, scales, g_idx))
+    return torch.from_numpy(weight_from_words(words, zeros, scales, g_idx, zero_offset=zero_offset))
 
 
 def test_words_packed_by_hand() -> None:
@@ -67,6 +68,46 @@ def test_words_packed_by_hand() -> None:
     assert tensors["g_idx"].tolist() == [0] * 8
 
 
+def test_eight_bit_words_packed_by_hand() -> None:
+    matrix = QuantizedMatrix(
+        codes=torch.tensor([[1, 2, 3, 255]], dtype=torch.uint8).repeat(4, 1),
+        scales=torch.full((4, 1), 0.25),
+        zeros=torch.tensor([[1], [2], [128], [255]], dtype=torch.uint8),
+        bits=8,
+        group_size=4,
+    )
+    first, second = pack_linear(matrix), pack_linear(matrix, CheckpointFormat.V2)
+    assert first["qweight"].tolist() == second["qweight"].tolist() == [[0xFF030201 - 2**32] * 4]
+    assert first["qzeros"].tolist() == [[0xFE7F0100 - 2**32]]
+    assert second["qzeros"].tolist() == [[0xFF800201 - 2**32]]
+
+
+def test_words_written_by_hand_are_read_in_both_versions() -> None:
+    """One input group of 8, 8 outputs; all codes 9, 9, ..., 9 but the first input's, which are 0xA."""
+    tensors = {
+        "qweight": torch.tensor([[0x9999999A - 2**32] * 8], dtype=torch.int32),
+        "qzeros": torch.tensor([[0x76543210]], dtype=torch.int32),
+        "scales": torch.full((1, 8), 2.0, dtype=torch.float16),
+        "g_idx": torch.zeros(8, dtype=torch.int32),
+    }
+    first = unpack_linear("linear", tensors, V1).dequantize()
+    second = unpack_linear("linear", tensors, V2).dequantize()
+    assert first[:, 0].tolist() == [18.0, 16.0, 14.0, 12.0, 10.0, 8.0, 6.0, 4.0]
+    assert second[:, 0].tolist() == [20.0, 18.0, 16.0, 14.0, 12.0, 10.0, 8.0, 6.0]
+    assert first[0].tolist() == [18.0] + [16.0] * 7
+
+
+def test_shuffled_words_written_by_hand_take_the_scale_that_g_idx_names() -> None:
+    tensors = {
+        "qweight": torch.tensor([[0x99999999 - 2**32] * 8], dtype=torch.int32),
+        "qzeros": torch.full((2, 1), 0x77777777, dtype=torch.int32),
+        "scales": torch.tensor([[1.0], [4.0]], dtype=torch.float16).repeat(1, 8),
+        "g_idx": torch.tensor([0, 1, 1, 0, 1, 0, 0, 1], dtype=torch.int32),
+    }
+    weight = unpack_linear("linear", tensors, V1).dequantize()
+    assert weight[3].tolist() == [1.0, 4.0, 4.0, 1.0, 4.0, 1.0, 1.0, 4.0]
+
+
 def test_shapes_and_types_are_those_of_the_format() -> None:
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in pack_linear(random_matrix()).items()}
     assert shapes == {
@@ -78,11 +119,14 @@ def test_shapes_and_types_are_those_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_two_independent_readers_see_the_weight_that_was_written(bits: int) -> None:
+@pytest.mark.parametrize(("settings", "zero_offset"), [(V1, 1), (V2, 0)])
+def test_two_independent_readers_see_the_weight_that_was_written(
+    bits: int, settings: GptqSettings, zero_offset: int
+) -> None:
     matrix = random_matrix(bits)
-    tensors = pack_linear(matrix)
-    assert torch.equal(unpack_linear("linear", tensors, replace(V1, bits=bits)).dequantize(), matrix.dequantize())
-    assert torch.equal(independent_weight(tensors), matrix.dequantize())
+    tensors = pack_linear(matrix, settings.checkpoint_format)
+    assert torch.equal(unpack_linear("linear", tensors, replace(settings, bits=bits)).dequantize(), matrix.dequantize())
+    assert torch.equal(independent_weight(tensors, zero_offset), matrix.dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -101,6 +145,8 @@ def test_zero_point_zero_is_refused_instead_of_spoiling_its_word() -> None:
     zeros[5, 1] = 0
     with pytest.raises(ValueError, match="cannot store zero point 0"):
         pack_linear(replace(matrix, zeros=zeros))
+    tensors = pack_linear(replace(matrix, zeros=zeros), CheckpointFormat.V2)
+    assert torch.equal(unpack_linear("linear", tensors, V2).zeros, zeros)
 
 
 def test_version_2_stores_the_zero_point_itself() -> None:
@@ -203,7 +249,7 @@ def test_settings_of_old_checkpoints_are_taken_from_quantize_config(tmp_path: Pa
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert gptq_settings(tmp_path) is None
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}), encoding="utf-8")
-    assert gptq_settings(tmp_path) == GptqSettings(4, 128, "gptq")
+    assert gptq_settings(tmp_path) == GptqSettings(4, 128, CheckpointFormat.V1)
 
 
 def test_linears_are_read_from_every_file_of_a_directory(tmp_path: Path) -> None:

@@ -1,30 +1,72 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant.measure import AgreementSum, PlainPath, compare, log_softmax_in_place
+from quant.gptq import GptqOptions, round_to_nearest
+from quant.measure import AgreementSum, PlainPaths, carry_paths, compare, log_softmax_in_place
+from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
-from tests.quant.tiny_models import tiny_decoder, tiny_ids
+from quant.quantize_directory import quantize_with
+from serving.model.layer_source import DirectoryLayers
+from serving.model.weights import load_decoder
+from tests.quant.tiny_models import PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
 
 pytestmark = pytest.mark.unit
 
 
-def test_plain_path_is_the_models_own_forward() -> None:
-    decoder, windows = tiny_decoder(), tiny_ids(3, 16)
-    path = PlainPath(decoder, windows, SilentProgress(), "measure")
-    expected = decoder(windows)
-    for window in range(3):
-        assert torch.allclose(path.logits(window), expected[window], atol=1e-5)
+FORMS = pytest.mark.parametrize("form", [{}, PALM, {"tie_word_embeddings": False}], ids=["llama", "palm", "untied"])
+GRID = GptqOptions(group_size=32)
 
 
-def test_plain_path_computes_in_float32_whatever_is_stored() -> None:
-    decoder, windows = tiny_decoder().to(torch.float16), tiny_ids(2, 16)
-    path = PlainPath(decoder, windows, SilentProgress(), "measure")
-    assert torch.allclose(path.logits(1), decoder.to(torch.float32)(windows)[1], atol=1e-5)
+def carry(source: Path, result: Path, windows: Tensor, bits: int = 4) -> PlainPaths:
+    layers = DirectoryLayers(source)
+    choices = {
+        f"model.layers.{index}.{name}": LinearChoice(bits, 32)
+        for index in range(layers.num_layers)
+        for name, module in layers.outline().named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return carry_paths(layers, DirectoryLayers(result), choices, GRID, windows, SilentProgress(), "measure")
+
+
+@FORMS
+def test_plain_path_is_the_models_own_forward_in_float32_whatever_is_stored(
+    tmp_path: Path, form: dict[str, object]
+) -> None:
+    source = write_source(tmp_path / "source", **form)
+    windows = tiny_ids(5, 16)
+    paths = carry(source, source, windows)
+    expected = load_decoder(source)(windows)
+    for window in range(5):
+        assert torch.allclose(paths.source.logits(window), expected[window], atol=1e-5)
+        assert torch.allclose(paths.result.logits(window), expected[window], atol=1e-5)
+
+
+def test_quantised_model_is_measured_with_the_weights_of_its_file(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    quantize_with(TinyAccess(), source, tmp_path / "out", QuantizeOptions(samples=8, seq_len=64), SilentProgress())
+    windows = tiny_ids(2, 16)
+    paths = carry(source, tmp_path / "out", windows)
+    expected = load_decoder(tmp_path / "out")(windows)
+    assert torch.allclose(paths.result.logits(1), expected[1], atol=1e-5)
+    assert not torch.allclose(paths.source.logits(1), expected[1], atol=1e-3)
+
+
+def test_the_baseline_is_the_source_rounded_to_the_nearest_code_of_the_same_grids(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    windows = tiny_ids(2, 16)
+    paths = carry(source, source, windows)
+    decoder = load_decoder(source)
+    with torch.no_grad():
+        for module in decoder.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(round_to_nearest(module.weight, GRID).dequantize())
+    assert torch.allclose(paths.nearest.logits(1), decoder(windows)[1], atol=1e-5)
 
 
 def test_perplexity_is_that_of_predicting_each_next_token() -> None:
@@ -46,6 +88,15 @@ def test_agreement_worked_out_by_hand() -> None:
     first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     second = 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)
     assert agreement.mean_kl == pytest.approx((first + second) / 2)
+    assert agreement.kl_p99 == pytest.approx(max(first, second))
+
+
+def test_the_99th_percentile_leaves_out_one_token_of_a_hundred() -> None:
+    source = torch.full((100, 2), 0.5).log()
+    other = torch.tensor([[0.5, 0.5]] * 98 + [[0.7, 0.3], [0.999, 0.001]]).log()
+    total = AgreementSum()
+    total.add(torch.zeros(100, dtype=torch.int64), source, other)
+    assert total.result().kl_p99 == pytest.approx(0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3), rel=1e-4)
 
 
 def test_a_model_agrees_wholly_with_itself() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quant.errors import QuantizationError
 from quant.gptq import GptqOptions, HessianSum, output_error, quantize_matrix, round_to_nearest
 from quant.int4_linear import QuantizedLinear
+from quant.options import LinearChoice
 from quant.progress import SilentProgress
 from quant.quantize_model import LayerReport, quantize_layers
 from serving.model.transformer import Decoder, DecoderLayer
@@ -126,10 +127,10 @@ def test_walk_in_bf16_serves_any_stored_type(stored: torch.dtype) -> None:
 def test_chosen_linears_can_have_other_bits() -> None:
     decoder = tiny_decoder()
 
-    def bits(name: str) -> int:
-        return 8 if name.endswith(("down_proj", "v_proj")) else 4
+    def choice(name: str) -> LinearChoice:
+        return LinearChoice(8 if name.endswith(("down_proj", "v_proj")) else 4)
 
-    reports = quantize_layers(decoder, tiny_ids(8, 64), OPTIONS, SilentProgress(), bits_of_linear=bits)
+    reports = quantize_layers(decoder, tiny_ids(8, 64), OPTIONS, SilentProgress(), choice_of=choice)
     found = {linear.name.rpartition(".")[2]: linear.bits for linear in reports[0].linears}
     assert found == {"q_proj": 4, "k_proj": 4, "v_proj": 8, "o_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 8}
 

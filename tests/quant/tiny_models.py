@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from quant.calibration import Encoder, Row
-from quant.commands import stored_dtype
-from quant.measure import MeasurableModel, WindowLogits
+from quant.layer_source import LayerSource
+from quant.measure import WindowLogits
+from serving.model.layer_source import DirectoryLayers
 from serving.model.spec import spec_from_config
 from serving.model.transformer import Decoder
 from serving.model.weights import load_decoder, save_decoder
@@ -74,8 +75,8 @@ class TinyAccess:
     def __init__(self, *, serves: bool = True) -> None:
         self._serves = serves
 
-    def load(self, directory: Path) -> MeasurableModel:
-        return load_decoder(directory, dtype=stored_dtype(directory))
+    def open(self, directory: Path) -> LayerSource:
+        return DirectoryLayers(directory)
 
     def encoder(self, directory: Path) -> Encoder:
         def encode(row: Row) -> list[int]:

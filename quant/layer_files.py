@@ -1,0 +1,196 @@
+"""The work directory of a quantisation: one safetensors file for each layer that is done, so that a run that was
+interrupted goes on where it stopped.
+
+It lies beside the result, named after a fingerprint of everything that decides the codes: another source, text or
+option has another one. What is in it is read back by independent code before it counts as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, cast
+
+import torch
+
+from quant.errors import CheckpointError, QuantizationError
+from quant.formats.autogptq import PACKED_SUFFIXES, pack_linear, parse_settings, unpack_linear
+from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
+from quant.formats.checkpoint_names import CheckpointNames
+from quant.formats.tensor_files import TensorFile, held, write_tensors
+from quant.matrix import QuantizedMatrix
+from quant.options import LinearChoice
+from quant.quantize_model import LayerReport, LinearReport
+
+logger = logging.getLogger(__name__)
+
+# Changes whenever the same options would make other codes, or a layer's file looks different.
+WORK_VERSION: Final = 1
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFullError(QuantizationError):
+    """There was no space left; what is done so far is kept."""
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """SHA-256 of what decides the codes; `parts` are plain values, as JSON holds them."""
+    text = json.dumps({"version": WORK_VERSION, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class WorkDirectory:
+    """Quantised layers by their number. One process at a time: it holds a lock while it is open."""
+
+    def __init__(self, path: Path, names: CheckpointNames) -> None:
+        """names: those of the result, which the layers' files have already."""
+        self.path = path
+        self._names = names
+
+    def has(self, index: int) -> bool:
+        """Whether the layer is done. A file that was cut short does not count."""
+        if not self.file(index).is_file():
+            return False
+        try:
+            TensorFile(self.file(index))
+        except CheckpointError as error:
+            logger.warning("layer_is_made_anew layer=%d reason=%s", index, error)
+            return False
+        return True
+
+    def file(self, index: int) -> Path:
+        return self.path / f"layer-{index:05d}.safetensors"
+
+    def num_done(self, num_layers: int) -> int:
+        return sum(self.has(index) for index in range(num_layers))
+
+    def write(self, report: LayerReport, matrices: Mapping[str, QuantizedMatrix]) -> None:
+        """matrices: by our decoder's names. Raises CheckpointError if they do not read back as what they are."""
+        path = self.file(report.index)
+        partial = path.with_suffix(".partial")
+        stored = self._names.fuse_matrices(matrices)
+        tensors = [
+            held(f"{name}.{part}", tensor)
+            for name, matrix in stored.items()
+            for part, tensor in pack_linear(matrix).items()
+        ]
+        write_tensors(partial, tensors, {"format": "pt", "report": json.dumps(asdict(report))})
+        for name, matrix in matrices.items():
+            self._require_equal(partial, name, matrix)
+        partial.replace(path)
+
+    def report(self, index: int) -> LayerReport:
+        return _report_from_json(TensorFile(self.file(index)).metadata["report"])
+
+    def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
+        """By our decoder's names, of a layer that is done."""
+        file = TensorFile(self.file(index))
+        found: dict[str, QuantizedMatrix] = {}
+        for stored, choice in self.choices(index).items():
+            settings = parse_settings({"bits": choice.bits, "group_size": choice.group_size}, str(file.path))
+            tensors = {suffix[1:]: file.read(stored + suffix) for suffix in PACKED_SUFFIXES}
+            found.update(self._names.split_matrix(stored, unpack_linear(stored, tensors, settings)))
+        return found
+
+    def choices(self, index: int) -> dict[str, LinearChoice]:
+        """Of every linear of a layer that is done, by its name in the file."""
+        return {
+            self._names.stored(linear.name).name: LinearChoice(linear.bits, linear.group_size)
+            for linear in self.report(index).linears
+        }
+
+    def _require_equal(self, file: Path, name: str, matrix: QuantizedMatrix) -> None:
+        """Whether independent code makes of the file exactly the weight that was quantised."""
+        place = self._names.stored(name)
+        weight = stored_weight(file, place.name)
+        if place.part is not None:
+            weight = rows_of_head_parts(weight, place.part, self._names.head_dim)
+        difference = float((torch.from_numpy(weight) - matrix.dequantize()).abs().max())
+        if difference != 0.0:
+            raise CheckpointError(
+                f"{name}: the written file does not read back as what was quantised: weights differ by up to "
+                f"{difference:.2g}; nothing was published. Please report this"
+            )
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_work(out: Path, mark: str, names: CheckpointNames) -> Generator[WorkDirectory]:
+    """The work directory of result `out` and fingerprint `mark`.
+
+    It stays where going on makes sense: after an interruption, a full disk or anything unforeseen. It is removed when
+    the block ends well, and after errors that the same command would meet again. Raises QuantizationError while
+    another process works in it.
+    """
+    import fcntl
+
+    path = work_path(out, mark)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QuantizationError(f"another process is making {out} just now, in {path}; wait for it") from error
+        work = WorkDirectory(path, names)
+        try:
+            yield work
+        except DiskFullError:
+            raise
+        except (CheckpointError, QuantizationError):
+            work.remove()
+            raise
+        work.remove()
+
+
+def work_path(out: Path, mark: str) -> Path:
+    out = out.absolute()
+    return out.parent / f"{out.name}.partial-{mark[:12]}"
+
+
+def other_works(out: Path, mark: str) -> Sequence[Path]:
+    """Work directories that earlier runs with other options, text or source left for the same result."""
+    mine = work_path(out, mark)
+    return sorted(path for path in mine.parent.glob(f"{mine.name.rpartition('-')[0]}-*") if path != mine)
+
+
+@contextlib.contextmanager
+def full_disk_named(out: Path, work: WorkDirectory, num_layers: int) -> Generator[None]:
+    """Turns "no space left" into a DiskFullError that says what is kept and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        free = shutil.disk_usage(work.path).free
+        raise DiskFullError(
+            f"the disk of {out.absolute().parent} is full ({free / 1e6:,.0f} MB left); nothing was written under "
+            f"{out.name}. {work.num_done(num_layers)} of {num_layers} layers are kept in {work.path}: free some space "
+            "and give the same command again to go on from there"
+        ) from error
+
+
+def _report_from_json(text: str) -> LayerReport:
+    record = cast("dict[str, object]", json.loads(text))
+    linears = cast("list[dict[str, object]]", record["linears"])
+    return LayerReport(
+        index=int(str(record["index"])),
+        linears=tuple(
+            LinearReport(
+                name=str(linear["name"]),
+                bits=int(str(linear["bits"])),
+                group_size=int(str(linear["group_size"])),
+                error=float(str(linear["error"])),
+                damp=float(str(linear["damp"])),
+            )
+            for linear in linears
+        ),
+    )

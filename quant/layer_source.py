@@ -1,0 +1,61 @@
+"""A model on disk as the walk and the measuring see it: one decoder layer in memory at a time, and its two ends.
+
+`serving.model.layer_source` reads one from a directory; `quant.commands` hands it over.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class LayerSource(Protocol):
+    """Layers are called with (hidden, cos, sin), the tables being what `rotary` returns."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the table that makes logits, as it is stored; the embeddings' where the two are tied."""
+        ...
+
+    def layer(self, index: int) -> nn.Module:
+        """Read from disk at each call, plain parameters in their stored type, quantised linears as `QuantizedLinear`.
+
+        Raises CheckpointError for tensors that are missing or of another shape.
+        """
+        ...
+
+    def outline(self) -> nn.Module:
+        """A layer without values (on the meta device), for its shapes; all layers have the same."""
+        ...
+
+    def layer_bytes(self, index: int) -> int:
+        """Of the layer's tensors as they are stored."""
+        ...
+
+    def end_bytes(self) -> int:
+        """Of everything that belongs to no layer, as it is stored."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., hidden) float32."""
+        ...
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) float32, likewise."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed hidden (tokens, hidden) float32 -> (tokens, vocabulary) float32. Keeps the head from then on."""
+        ...

@@ -1,0 +1,92 @@
+"""The walk from and to disk: each layer read, quantised, written to the work directory and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import QuantizationError
+from quant.gptq import GptqOptions, choose_group_size
+from quant.int4_linear import QuantizedLinear
+from quant.layer_files import WorkDirectory
+from quant.layer_source import LayerSource
+from quant.matrix import QuantizedMatrix
+from quant.progress import ProgressSink
+from quant.quantize_model import (
+    QUANTIZE_STAGE,
+    CalibrationWalk,
+    ChoiceOfLinear,
+    LayerReport,
+    embed_in_batches,
+    fast_product_dtype,
+    input_sizes,
+)
+
+
+def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
+    """One group size for the whole model. QuantizationError if it does not divide every linear's inputs."""
+    sizes = input_sizes([source.outline()])
+    return replace(options, group_size=choose_group_size(sizes, options.group_size))
+
+
+def quantize_to_disk(
+    source: LayerSource,
+    calibration: Tensor,
+    options: GptqOptions,
+    choice_of: ChoiceOfLinear,
+    work: WorkDirectory,
+    progress: ProgressSink,
+) -> list[LayerReport]:
+    """Quantise the layers that are not done yet; calibration activations pass through those that are.
+
+    calibration: (samples, tokens) ids. options: with their group size settled.
+    Raises QuantizationError naming layer and module for values that are not finite.
+    """
+    num_layers = source.num_layers
+    reports: list[LayerReport] = []
+    if work.num_done(num_layers) == num_layers:
+        return [work.report(index) for index in range(num_layers)]
+    with torch.inference_mode():
+        embedded = embed_in_batches(source.embed, calibration, fast_product_dtype())
+        if not bool(embedded.isfinite().all()):
+            raise QuantizationError("model.embed_tokens holds values that are not finite (NaN or infinity)")
+        walk = CalibrationWalk(embedded, source.rotary(torch.arange(calibration.shape[1])), options, choice_of)
+        del embedded
+        for index in range(num_layers):
+            progress.update(QUANTIZE_STAGE, index, num_layers)
+            reports.append(_settle_layer(source, index, walk, work))
+    progress.update(QUANTIZE_STAGE, num_layers, num_layers)
+    return reports
+
+
+def _settle_layer(source: LayerSource, index: int, walk: CalibrationWalk, work: WorkDirectory) -> LayerReport:
+    layer = source.layer(index)
+    if work.has(index):
+        insert_matrices(layer, f"model.layers.{index}", work.matrices(index))
+        walk.pass_through(index, layer)
+        return work.report(index)
+    report = walk.quantize_layer(index, layer)
+    work.write(report, matrices_of(layer, f"model.layers.{index}"))
+    return report
+
+
+def matrices_of(layer: nn.Module, prefix: str) -> dict[str, QuantizedMatrix]:
+    """The matrix of every quantised linear, by its full name."""
+    return {
+        f"{prefix}.{name}": module.matrix
+        for name, module in layer.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def insert_matrices(layer: nn.Module, prefix: str, matrices: Mapping[str, QuantizedMatrix]) -> None:
+    """Put `QuantizedLinear`s where the plain linears of these full names are; biases stay."""
+    for full_name, matrix in matrices.items():
+        name = full_name.removeprefix(f"{prefix}.")
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        parent, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(parent), attribute, QuantizedLinear(matrix, linear.bias))

@@ -1,0 +1,186 @@
+"""Files written here load in GPTQModel and vLLM with the same logits, and files that GPTQModel writes load here.
+
+Run with `CAUSERIE_INTEROP=WORK pytest -m interop`, WORK made by `python -m benchmarks.quantizer_setup WORK`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+
+from quant.formats.autogptq import CheckpointFormat, pack_linear
+from quant.formats.autogptq_writer import write_checkpoint
+from quant.gptq import ActOrder, GptqOptions, quantize_matrix
+from quant.matrix import QuantizedMatrix
+from quant.options import LinearChoice
+from serving.model.weights import load_decoder
+from tests.quant.tiny_models import tiny_ids, write_source
+
+pytestmark = [pytest.mark.system, pytest.mark.interop]
+
+WORKER = Path(__file__).with_name("worker.py")
+# Of log-probabilities, which here span about 10: GPTQModel multiplies in float16 at most, vLLM in bfloat16.
+GPTQMODEL_TOLERANCE = 0.05
+VLLM_TOLERANCE = 0.25
+IDS = tiny_ids(2, 24, seed=3)
+MODEL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`other_bits`: of the linears whose names contain a key."""
+
+    options: GptqOptions
+    version: CheckpointFormat = CheckpointFormat.V1
+    other_bits: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+CASES = {
+    **{
+        f"{bits}bit-{'sym' if symmetric else 'asym'}-{group}": Case(
+            GptqOptions(bits=bits, group_size=group, symmetric=symmetric)
+        )
+        for bits in (4, 8)
+        for symmetric in (True, False)
+        for group in (-1, 32, 128)
+    },
+    "static": Case(GptqOptions(group_size=32, act_order=ActOrder.STATIC)),
+    "shuffled": Case(GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED)),
+    "version-2": Case(GptqOptions(group_size=32, symmetric=False), CheckpointFormat.V2),
+    "mixed-bits": Case(GptqOptions(group_size=32), other_bits={"self_attn.": 8}),
+}
+LOADED_BY_VLLM = ("4bit-sym-32", "4bit-sym-128", "8bit-sym-32", "8bit-sym-128", "static")
+GPTQMODEL_CASES: Mapping[str, Mapping[str, object]] = {
+    "4bit-sym-32": {"bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+    "4bit-asym-32": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False},
+    "8bit-sym-128": {"bits": 8, "group_size": 128, "sym": True, "desc_act": False},
+    "4bit-sym-row": {"bits": 4, "group_size": -1, "sym": True, "desc_act": False},
+    "desc-act": {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "act_group_aware": False},
+    "version-2": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "format": "gptq_v2"},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_source(tmp_path_factory.mktemp("source") / "plain", **MODEL)
+    # GPTQModel loads no model without a tokenizer.
+    words = {str(token): token for token in range(128)}
+    Tokenizer(WordLevel(words, unk_token="0")).save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "0", "eos_token": "2"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model directory for each of CASES."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, case in CASES.items():
+        (folder / name).mkdir()
+        matrices = _quantize(source, case)
+        packed = {
+            f"{linear}.{part}": tensor
+            for linear, matrix in matrices.items()
+            for part, tensor in pack_linear(matrix, case.version).items()
+        }
+        save_file(packed, folder / f"{name}.safetensors")
+        choices = {linear: LinearChoice(matrix.bits, case.options.group_size) for linear, matrix in matrices.items()}
+        write_checkpoint(
+            source,
+            folder / name,
+            [folder / f"{name}.safetensors"],
+            choices,
+            case.options,
+            checkpoint_format=case.version,
+        )
+    return folder
+
+
+def _quantize(source: Path, case: Case) -> dict[str, QuantizedMatrix]:
+    matrices: dict[str, QuantizedMatrix] = {}
+    for name, module in load_decoder(source).named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}":
+            bits = next((bits for key, bits in case.other_bits.items() if key in name), case.options.bits)
+            options = GptqOptions(bits, case.options.group_size, case.options.symmetric, case.options.act_order)
+            generator = torch.Generator().manual_seed(len(matrices))
+            inputs = torch.randn((256, module.in_features), generator=generator)
+            inputs *= torch.rand(module.in_features, generator=generator) + 0.1
+            full_name = name if name.startswith("model.") else f"model.{name}"
+            matrices[full_name] = quantize_matrix(module.weight, inputs.t() @ inputs / 256, options).matrix
+    return matrices
+
+
+def our_logprobs(directory: Path) -> Tensor:
+    with torch.no_grad():
+        return load_decoder(directory)(IDS).float().log_softmax(-1)
+
+
+def ask(python: Path, kind: str, folder: Path, task: Mapping[str, object]) -> None:
+    path = folder / "task.json"
+    path.write_text(json.dumps({"results": str(folder), "ids": IDS.tolist(), **task}), encoding="utf-8")
+    done = subprocess.run([python, WORKER, kind, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def answer(folder: Path, name: str) -> Tensor:
+    refusal = folder / f"{name}.txt"
+    assert not refusal.exists(), refusal.read_text(encoding="utf-8")
+    return load_file(folder / f"{name}.safetensors")["logprobs"]
+
+
+@pytest.fixture(scope="module")
+def in_gptqmodel(gptqmodel: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gptqmodel")
+    ask(gptqmodel, "load-gptqmodel", folder, {"directories": [str(written / name) for name in CASES]})
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gptqmodel_computes_the_same(name: str, in_gptqmodel: Path, written: Path) -> None:
+    found = answer(in_gptqmodel, name)
+    assert float((found - our_logprobs(written / name)).abs().max()) < GPTQMODEL_TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def in_vllm(vllm: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm")
+    ask(vllm, "load-vllm", folder, {"directories": [str(written / name) for name in LOADED_BY_VLLM]})
+    return folder
+
+
+@pytest.mark.parametrize("name", LOADED_BY_VLLM)
+def test_vllm_computes_the_same(name: str, in_vllm: Path, written: Path) -> None:
+    found, expected = answer(in_vllm, name), our_logprobs(written / name)[:, :-1]
+    assert float((found - expected).abs().max()) < VLLM_TOLERANCE
+    # A wrong weight would be seen: another case's logits are farther away.
+    other = our_logprobs(written / ("4bit-sym-32" if name != "4bit-sym-32" else "8bit-sym-32"))[:, :-1]
+    assert float((found - other).abs().mean()) > 2 * float((found - expected).abs().mean())
+
+
+@pytest.fixture(scope="module")
+def from_gptqmodel(gptqmodel: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("from-gptqmodel")
+    calibration = tiny_ids(32, 64, seed=1).tolist()
+    ask(
+        gptqmodel,
+        "quantize-gptqmodel",
+        folder,
+        {"source": str(source), "calibration": calibration, "cases": GPTQMODEL_CASES},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", GPTQMODEL_CASES)
+def test_files_of_gptqmodel_compute_the_same_here(name: str, from_gptqmodel: Path) -> None:
+    expected = answer(from_gptqmodel, name)
+    assert float((our_logprobs(from_gptqmodel / name) - expected).abs().max()) < GPTQMODEL_TOLERANCE
