@@ -110,9 +110,9 @@ def _from_q4_k(blocks: Bytes) -> Floats:
     minimums = np.concatenate((middle & 63, (nibbles >> 4) | (middle >> 6 << 4)), axis=1)
     packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
     codes = (packed >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)) & 15  # (blocks, pair, nibble, 32)
-    steps, offsets = _half(blocks[:, :2]) * scales, _half(blocks[:, 2:4]) * minimums
-    values: Floats = steps[:, :, None] * codes.reshape(-1, 8, 32).astype(np.float32) - offsets[:, :, None]
-    return values.reshape(-1, 256)
+    steps = _half(blocks[:, :2]) * scales.astype(np.float32)
+    offsets = _half(blocks[:, 2:4]) * minimums.astype(np.float32)
+    return (steps[:, :, None] * codes.reshape(-1, 8, 32) - offsets[:, :, None]).reshape(-1, 256)
 
 
 def _from_q6_k(blocks: Bytes) -> Floats:

@@ -214,9 +214,7 @@ def tokenizer_metadata(
     model = cast("Mapping[str, object]", definition.get("model") or {})
     pre_tokenizer = _matching_pre_tokenizer(definition, model, origin)
     tokens, types = _token_list(definition, model, vocab_size, origin)
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in cast("list[str | list[str]]", model["merges"])
-    ]
+    merges = cast("list[str | list[str]]", model["merges"])
     metadata: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre_tokenizer.names[0],

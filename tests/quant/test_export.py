@@ -22,11 +22,9 @@ from tokenizers import Tokenizer
 from quant.errors import CheckpointError
 from quant.export import Embeddings, export_gguf, linear_rows
 from quant.export_command import export
-from quant.formats.autogptq import read_quantized_linears
-from quant.formats.autogptq_writer import write_checkpoint
+from quant.formats.autogptq import pack_linear, read_quantized_linears
 from quant.formats.gguf_blocks import permute_rows, round_to_q8_0
 from quant.formats.gguf_conversion import convert_gguf, unpermute_rows
-from quant.gptq import GptqOptions
 from quant.matrix import QuantizedMatrix
 from quant.progress import SilentProgress
 from serving.model.weights import load_decoder
@@ -175,17 +173,19 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def write_gptq(directory: Path, *, symmetric: bool = True) -> Path:
     """The tiny model with every linear's weight replaced by random codes; q_proj and down_proj in 8 bits."""
-    source = write_plain(directory / "source")
-    matrices: dict[str, QuantizedMatrix] = {}
-    for name, weight in load_file(source / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            bits = 8 if symmetric and name.split(".")[-2] in ("q_proj", "down_proj") else 4
-            rows, columns = weight.shape
-            matrix = random_matrix(bits, 32, symmetric=symmetric, rows=rows, columns=columns)
-            matrices[name.removesuffix(".weight")] = matrix
-    target = directory / "gptq"
-    target.mkdir()
-    write_checkpoint(source, target, matrices, GptqOptions(group_size=32, symmetric=symmetric), 32)
+    target = write_plain(directory / "gptq")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(target / "model.safetensors").items():
+        linear = name.removesuffix(".weight")
+        if not linear.endswith("_proj"):
+            tensors[name] = weight
+            continue
+        bits = 8 if symmetric and linear.endswith(("q_proj", "down_proj")) else 4
+        matrix = random_matrix(bits, 32, symmetric=symmetric, rows=weight.shape[0], columns=weight.shape[1])
+        tensors |= {f"{linear}.{part}": tensor for part, tensor in pack_linear(matrix).items()}
+    save_file(tensors, target / "model.safetensors")
+    section = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 32, "sym": symmetric}
+    write_json(target / "config.json", {**CONFIG, "quantization_config": section})
     return target
 
 
