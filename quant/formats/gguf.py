@@ -112,7 +112,9 @@ def _from_q4_k(blocks: Bytes) -> Floats:
     codes = (packed >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)) & 15  # (blocks, pair, nibble, 32)
     steps = _half(blocks[:, :2]) * scales.astype(np.float32)
     offsets = _half(blocks[:, 2:4]) * minimums.astype(np.float32)
-    return (steps[:, :, None] * codes.reshape(-1, 8, 32) - offsets[:, :, None]).reshape(-1, 256)
+    values = steps[:, :, None] * codes.reshape(-1, 8, 32)
+    values -= offsets[:, :, None]
+    return values.reshape(-1, 256)
 
 
 def _from_q6_k(blocks: Bytes) -> Floats:
