@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from quant.commands_export import export
 from quant.errors import CheckpointError
 from quant.export import Embeddings, export_gguf, linear_rows
-from quant.export_command import export
 from quant.formats.autogptq import pack_linear, read_quantized_linears
 from quant.formats.gguf_blocks import permute_rows, round_to_q8_0
 from quant.formats.gguf_conversion import convert_gguf, unpermute_rows

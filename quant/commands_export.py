@@ -1,4 +1,4 @@
-"""`causerie export`: a model directory, or a named model, as one GGUF file. Imports `serving` inside functions only."""
+"""`causerie export`: a model directory or a named model as one GGUF file. Imports `serving` inside functions only."""
 
 from __future__ import annotations
 
