@@ -147,7 +147,7 @@ def model_metadata(source: ExportSource, name: str) -> dict[str, Value]:
         "general.name": name,
         "general.quantization_version": _QUANTIZATION_VERSION,
         f"{prefix}.vocab_size": source.count("vocab_size"),
-        f"{prefix}.context_length": source.count("max_position_embeddings"),
+        f"{prefix}.context_length": _context_length(source),
         f"{prefix}.embedding_length": source.count("hidden_size"),
         f"{prefix}.feed_forward_length": source.count("intermediate_size"),
         f"{prefix}.block_count": source.count("num_hidden_layers"),
@@ -163,6 +163,13 @@ def model_metadata(source: ExportSource, name: str) -> dict[str, Value]:
     if scale is not None:
         metadata[f"{prefix}.logit_scale"] = source.number("logit_scale", scale)
     return metadata
+
+
+def _context_length(source: ExportSource) -> int:
+    """In tokens. Where attention slides, no more than its window: llama.cpp slides nothing in these architectures."""
+    positions, window = source.count("max_position_embeddings"), source.config.get("sliding_window")
+    slides = source.config.get("use_sliding_window") is not False
+    return min(positions, window) if slides and type(window) is int and window > 0 else positions
 
 
 def _rope_section(source: ExportSource) -> tuple[Mapping[str, object], float]:

@@ -292,6 +292,13 @@ def test_package_reads_the_metadata_that_llama_cpp_needs(tmp_path: Path) -> None
     assert fields["tokenizer.ggml.merges"].contents() == ["h e", "l l", "he ll"]
 
 
+@pytest.mark.parametrize(("slides", "length"), [(True, 256), (False, 1024)])
+def test_context_ends_where_attention_would_slide(tmp_path: Path, slides: bool, length: int) -> None:
+    source = write_plain(tmp_path / "source", {**QWEN2, "sliding_window": 256, "use_sliding_window": slides})
+    export_gguf(source, tmp_path / "m.gguf", SilentProgress())
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["qwen2.context_length"].contents() == length
+
+
 def changed_tokenizer(**changes: object) -> dict[str, object]:
     return {**tokenizer_definition(), **changes}
 
