@@ -7,6 +7,7 @@ Speaks the protocol of `peer_workers.py`, as `peer_worker_vllm.py` does. Uses on
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -35,11 +36,13 @@ def main(argv: list[str]) -> None:
     from serving.engine.engine import load_engine
 
     engine = load_engine(directory, kv_bytes=KV_BYTES, exact=False)
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     ready = {
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernel": str(engine.kernel_name),
-        "weight_bytes_per_token": weight_bytes_per_token(directory),
+        "weight_bytes_per_token": engine.model.weight_bytes() or 0,  # 0: not all native
     }
     answers.write(json.dumps(ready) + "\n")
     for line in sys.stdin:
@@ -71,10 +74,12 @@ def generate(engine: Engine, task: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_bandwidth() -> dict[str, float]:
-    """Bytes a second of a stream read from memory with the threads that the engine has."""
+    """Bytes a second of a stream read from memory, in pages like the weights', with the threads that the engine has."""
     import torch
 
-    data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
+    from quant.native.large_pages import reserve
+
+    data = torch.from_numpy(reserve(BANDWIDTH_BYTES)).view(torch.float32).fill_(1.0)
     best = math.inf
     for _ in range(BANDWIDTH_PASSES):
         for reduce in (torch.sum, torch.amax):
@@ -82,30 +87,6 @@ def read_bandwidth() -> dict[str, float]:
             reduce(data)
             best = min(best, time.perf_counter() - start)
     return {"bytes_per_s": BANDWIDTH_BYTES / best}
-
-
-def weight_bytes_per_token(directory: Path) -> int:
-    """Bytes of weights that one decoded token cannot do without reading; copies and look-up tables not counted.
-
-    The linears and their scales as stored; the zero points of a symmetric grid are one constant. The head, tied to
-    the embedding and stored in 16 bits, is served in 8 bits.
-    """
-    from safetensors import safe_open
-
-    total, head, embedding = 0, 0, 0
-    for path in directory.glob("*.safetensors"):
-        with safe_open(str(path), framework="pt") as file:
-            names: list[str] = list(file.keys())
-            for name in names:
-                tensor = file.get_slice(name)
-                count = math.prod(tensor.get_shape())
-                if name.endswith("embed_tokens.weight"):
-                    embedding = count
-                elif name == "lm_head.weight":
-                    head = count
-                elif not name.endswith((".qzeros", ".g_idx")):
-                    total += count * {"I32": 4, "F32": 4, "F16": 2, "BF16": 2}[tensor.get_dtype()]
-    return total + (head or embedding)
 
 
 if __name__ == "__main__":

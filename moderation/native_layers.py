@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moderation.encoder_layers import MAX_TOKENS, EncoderShape, FloatArray, LayerWeights, Matrix
+from quant.native.large_pages import LargePages
 from quant.native.library import load_library
 from quant.native.packing import CMatrix, by_block, pack_codes
 
@@ -66,6 +67,7 @@ class NativeLayers:
             raise RuntimeError("there is no native library; ask why_not_native first")
         assert MAX_TOKENS <= LONGEST_TEXT
         self._encode = library.causerie_encode
+        self._memory = LargePages()
         self._held: list[npt.NDArray[np.generic]] = []
         self._layers = (CLayer * len(layers))(*map(self._c_layer, layers))
         self._model = CModel(
@@ -93,6 +95,7 @@ class NativeLayers:
             self._keep(pack_codes(codes, 8)),
             self._keep(by_block(scales)),
             None,
+            None,
             self._keep(matrix.bias),
             ins,
             outs,
@@ -101,7 +104,7 @@ class NativeLayers:
         )
 
     def _keep(self, array: npt.NDArray[np.generic]) -> int:
-        self._held.append(np.ascontiguousarray(array))
+        self._held.append(self._memory.copy(array))
         return self._held[-1].ctypes.data
 
 

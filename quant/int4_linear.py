@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quant.errors import QuantizationError
 from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
+from quant.native.large_pages import LargePages
 from quant.native.linear import NativeLinear, is_native_right, why_not_native
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class KernelName(StrEnum):
     PLAIN = "plain"
     TORCH_INT4PACK = "torch_int4pack"
     NATIVE = "native_int8"  # int8 activations
+    # Plain weights rounded while they load: `quant.bitsandbytes_linear`.
+    BITSANDBYTES_NF4 = "bitsandbytes_nf4"
+    BITSANDBYTES_INT8 = "bitsandbytes_int8"
 
 
 class LinearKernel(Protocol):
@@ -213,10 +217,14 @@ def build_kernel(
     name: KernelName,
     *,
     plain_dtype: torch.dtype = torch.float32,
+    memory: LargePages | None = None,
 ) -> LinearKernel:
-    """The kernel `name` for this matrix; the plain one, in `plain_dtype`, where `name` does not take it."""
+    """The kernel `name` for this matrix; the plain one, in `plain_dtype`, where `name` does not take it.
+
+    memory: where a native kernel's weights go, beside those of the model's other linears.
+    """
     if name is KernelName.NATIVE and why_not_native(matrix) is None:
-        return NativeLinear(matrix, bias)
+        return NativeLinear(matrix, bias, memory)
     if name is KernelName.TORCH_INT4PACK and why_not_int4pack(matrix) is None:
         return Int4PackKernel(matrix, bias) if matrix.bits == 4 else SplitInt4PackKernel(matrix, bias)
     return PlainKernel(matrix, bias, plain_dtype)

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stddef.h>
 
+#include "attention.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -46,17 +47,13 @@ typedef struct {
     float *attended;             /* (rows, heads * head_dim) */
     const float *norm;
     Activations x;
+    Attention attention;
 } Step;
 
 enum { SLOT_CODES, SLOT_SCALES, SLOT_SUMS, SLOT_HIDDEN, SLOT_COS, SLOT_SIN, SLOT_WIDE, SLOT_ATTENDED };
 
 /* Rows of one run below which sharing small work costs more than it saves. */
 #define ROW_GRAIN 4
-/* Keys scored at once: their scores stay in the first cache. */
-#define CONTEXT_CHUNK 256
-#define PREFETCH_TOKENS 32
-#define MAX_GROUP 4
-#define MAX_HEAD_DIM 256
 
 /* ---- Norms and activations ---- */
 
@@ -181,14 +178,8 @@ INLINE int64_t slot_of(const Step *s, int row, int64_t position) {
 
 INLINE int cached_bytes(const int is_int8) { return is_int8 ? 1 : 2; }
 
-INLINE vf load_cached(const char *p, const int is_int8) {
-    return is_int8 ? vf_load_int8((const int8_t *)p) : vf_load_bf16((const uint16_t *)p);
-}
-
-/* Where the scale of `slot` is; those of its neighbours in the block follow. Heads of values come after all of keys. */
 INLINE uint16_t *scale_of(const Step *s, int64_t slot, int head) {
-    const int size = s->model->block_size;
-    return s->scales + (slot / size * 2 * s->model->num_kv_heads + head) * size + slot % size;
+    return s->scales + scale_index(slot, head, s->model->num_kv_heads, s->model->block_size);
 }
 
 /* Codes of one head of keys or values, rounded by the scale that is stored; returns it. Twin: int8_rows.py. */
@@ -231,125 +222,6 @@ static void store_rows(void *context, int first, int last) {
     }
 }
 
-/* Attention of `group` query heads of one row over one key head. queries and out: (group, dim). `is_int8` is a
-   constant, `group` and `dim` are for the common shapes. A key's scale multiplies its score, a value's its weight.
-   Softmax is accumulated over chunks of the context: arXiv:2205.14135, section 3.1. */
-INLINE void attend(const Step *s, int row, int kv_head, const float *queries, const int group, const int dim,
-                   const int is_int8, float *out) {
-    const Model *m = s->model;
-    const int size = m->block_size, num_vectors = dim / VL, vector_bytes = VL * cached_bytes(is_int8);
-    const int64_t head_bytes = (int64_t)dim * cached_bytes(is_int8), token_bytes = 2 * m->num_kv_heads * head_bytes;
-    const int64_t context = s->batch->positions[row] + 1;
-    const int32_t *table = s->batch->tables + (int64_t)s->batch->sequences[row] * s->batch->table_width;
-    const char *keys = s->cache + kv_head * head_bytes, *values = keys + token_bytes / 2;
-    const vf scale = vf_set1(1.0f / sqrtf((float)dim));
-    _Alignas(64) float scores[MAX_GROUP][CONTEXT_CHUNK];
-    float largest[MAX_GROUP], total[MAX_GROUP];
-    vf sums[MAX_GROUP][MAX_HEAD_DIM / VL];
-    for (int g = 0; g < group; g++) {
-        largest[g] = -INFINITY;
-        total[g] = 0.0f;
-        for (int i = 0; i < num_vectors; i++) sums[g][i] = vf_set1(0.0f);
-    }
-    for (int64_t start = 0; start < context; start += CONTEXT_CHUNK) {
-        const int count = context - start < CONTEXT_CHUNK ? (int)(context - start) : CONTEXT_CHUNK;
-        /* A block's last slots may hold nothing yet: they are read, since cache memory is never unmapped, and masked. */
-        for (int t0 = 0; t0 < count; t0 += VL) {
-            const int64_t position = start + t0, slot = (int64_t)table[position / size] * size + position % size;
-            const char *at = keys + slot * token_bytes;
-            vf products[MAX_GROUP][VL];
-            for (int t = 0; t < VL; t++, at += token_bytes) {
-                /* Strides defeat the hardware's prefetcher; blocks mostly follow each other. */
-                for (int i = 0; i < head_bytes; i += 64) _mm_prefetch(at + PREFETCH_TOKENS * token_bytes + i, _MM_HINT_T0);
-                for (int g = 0; g < group; g++) products[g][t] = vf_set1(0.0f);
-                for (int i = 0; i < num_vectors; i++) {
-                    vf key = load_cached(at + i * vector_bytes, is_int8);
-                    for (int g = 0; g < group; g++)
-                        products[g][t] = vf_fma(key, vf_load(queries + g * dim + i * VL), products[g][t]);
-                }
-            }
-            const vf factor = is_int8 ? vf_mul(scale, vf_load_bf16(scale_of(s, slot, kv_head))) : scale;
-            for (int g = 0; g < group; g++) vf_store(scores[g] + t0, vf_mul(vf_sum_rows(products[g]), factor));
-        }
-        const int padded = (count + VL - 1) / VL * VL;
-        for (int g = 0; g < group; g++) {
-            for (int t = count; t < padded; t++) scores[g][t] = -INFINITY;
-            vf top = vf_load(scores[g]);
-            for (int t = VL; t < padded; t += VL) top = vf_max(top, vf_load(scores[g] + t));
-            float now = vf_top(top);
-            if (now > largest[g]) {
-                vf shrink = vf_exp(vf_set1(largest[g] - now));
-                if (start == 0) shrink = vf_set1(0.0f);
-                float old[VL];
-                vf_store(old, shrink);
-                total[g] *= old[0];
-                for (int i = 0; i < num_vectors; i++) sums[g][i] = vf_mul(sums[g][i], shrink);
-                largest[g] = now;
-            }
-            vf sum = vf_set1(0.0f);
-            for (int t = 0; t < padded; t += VL) {
-                vf weight = vf_exp(vf_sub(vf_load(scores[g] + t), vf_set1(largest[g])));
-                vf_store(scores[g] + t, weight);
-                sum = vf_add(sum, weight);
-            }
-            total[g] += vf_sum(sum);
-        }
-        if (is_int8)
-            for (int t = 0; t < padded; t += VL) {
-                const int64_t position = start + t, slot = (int64_t)table[position / size] * size + position % size;
-                const vf factor = vf_load_bf16(scale_of(s, slot, m->num_kv_heads + kv_head));
-                for (int g = 0; g < group; g++) vf_store(scores[g] + t, vf_mul(vf_load(scores[g] + t), factor));
-            }
-        for (int t0 = 0; t0 < count; t0 += size) {
-            const char *at = values + (int64_t)table[(start + t0) / size] * size * token_bytes;
-            const int end = count - t0 < size ? count - t0 : size;
-            for (int t = 0; t < end; t++, at += token_bytes) {
-                for (int i = 0; i < head_bytes; i += 64) _mm_prefetch(at + PREFETCH_TOKENS * token_bytes + i, _MM_HINT_T0);
-                for (int i = 0; i < num_vectors; i++) {
-                    vf value = load_cached(at + i * vector_bytes, is_int8);
-                    for (int g = 0; g < group; g++) sums[g][i] = vf_fma(vf_set1(scores[g][t0 + t]), value, sums[g][i]);
-                }
-            }
-        }
-    }
-    for (int g = 0; g < group; g++)
-        for (int i = 0; i < num_vectors; i++)
-            vf_store(out + g * dim + i * VL, vf_mul(sums[g][i], vf_set1(1.0f / total[g])));
-}
-
-#define ATTEND(heads)                                                                        \
-    case heads:                                                                              \
-        if (dim == 64) attend(s, row, kv_head, queries, heads, 64, is_int8, out);            \
-        else if (dim == 128) attend(s, row, kv_head, queries, heads, 128, is_int8, out);     \
-        else attend(s, row, kv_head, queries, heads, dim, is_int8, out);                     \
-        break;
-
-/* Item `row * kv heads + kv head`. */
-INLINE void attend_items(const Step *s, int first, int last, const int is_int8) {
-    const Model *m = s->model;
-    const int dim = m->head_dim, group = m->num_heads / m->num_kv_heads;
-    for (int item = first; item < last; item++) {
-        const int row = item / m->num_kv_heads, kv_head = item % m->num_kv_heads;
-        for (int g = 0; g < group; g += MAX_GROUP) {
-            const int head = kv_head * group + g;
-            const float *queries = s->wide + (int64_t)row * s->layer->qkv.out + head * dim;
-            float *out = s->attended + ((int64_t)row * m->num_heads + head) * dim;
-            switch (group - g < MAX_GROUP ? group - g : MAX_GROUP) {
-                ATTEND(1)
-                ATTEND(2)
-                ATTEND(3)
-                ATTEND(4)
-            }
-        }
-    }
-}
-
-static void attend_heads(void *context, int first, int last) {
-    Step *s = context;
-    if (s->scales) attend_items(s, first, last, 1);
-    else attend_items(s, first, last, 0);
-}
-
 /* ---- The step ---- */
 
 static void embed_and_turn(Step *s) {
@@ -366,6 +238,33 @@ static void embed_and_turn(Step *s) {
     }
 }
 
+static Attention begin_attention(const Step *s) {
+    const Model *m = s->model;
+    const Batch *batch = s->batch;
+    Attention attention = {
+        .queries = s->wide,
+        .out = s->attended,
+        .positions = batch->positions,
+        .tables = batch->tables,
+        .sequences = batch->sequences,
+        .num_rows = batch->num_rows,
+        .table_width = batch->table_width,
+        .num_heads = m->num_heads,
+        .num_kv_heads = m->num_kv_heads,
+        .head_dim = m->head_dim,
+        .block_size = m->block_size,
+    };
+    plan_attention(&attention);
+    return attention;
+}
+
+static void attend_layer(Step *s) {
+    s->attention.cache = s->cache;
+    s->attention.scales = s->scales;
+    s->attention.query_stride = s->layer->qkv.out;
+    attend(&s->attention);
+}
+
 static void run_layer(Step *s) {
     const Model *m = s->model;
     const Layer *layer = s->layer;
@@ -376,7 +275,7 @@ static void run_layer(Step *s) {
     run_parallel(norm_rows, s, rows, ROW_GRAIN);
     run_parallel(project_qkv, s, layer->qkv.out / BLOCK_OUTPUTS, 2);
     run_parallel(store_rows, s, rows, ROW_GRAIN);
-    run_parallel(attend_heads, s, rows * m->num_kv_heads, 1);
+    attend_layer(s);
     set_activations(s, &layer->out);
     run_parallel(quantize_attended, s, rows, ROW_GRAIN);
     run_parallel(add_attention_output, s, m->hidden / BLOCK_OUTPUTS, 2);
@@ -408,6 +307,7 @@ void causerie_decode_step(const Model *m, const Batch *batch, int threads) {
     s.x.codes = scratch(SLOT_CODES, rows * widest);
     s.x.scales = scratch(SLOT_SCALES, rows * widest / 32 * 4);
     s.x.minus_sums = scratch(SLOT_SUMS, rows * widest / 32 * 4);
+    s.attention = begin_attention(&s);
     embed_and_turn(&s);
     for (int index = 0; index < m->num_layers; index++) {
         s.layer = m->layers + index;

@@ -35,7 +35,8 @@ void quantize_row(const float *x, int group, Activations *to, int row) {
 /* `rows`, `num_blocks` and `bits` are constants where this is called: the loops over rows and blocks unroll and the sums
    stay in registers. Two blocks at a time read every activation once for both. */
 INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,
-                          const int rows, const int bits, const int is_asymmetric, float *const *out) {
+                          const int rows, const int bits, const int is_asymmetric, const int has_offsets,
+                          float *const *out) {
     const int groups = x->groups, group = m->group;
     const int64_t block_bytes = (int64_t)m->in * BLOCK_OUTPUTS * bits / 8, block_groups = (int64_t)groups * BLOCK_OUTPUTS;
     /* Few sums would wait for each other: each is split in two. */
@@ -44,11 +45,12 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
     const int64_t ahead = num_blocks == 1 ? 1024 : block_bytes * (blocks[1] - blocks[0] == 1 ? 2 : 1);
     const vi low_bits = _mm512_set1_epi8(15);
     const uint8_t *codes[2];
-    const uint16_t *scales[2];
+    const uint16_t *scales[2], *offsets[2];
     vf total[2][MAX_TILE_ROWS];
     for (int b = 0; b < num_blocks; b++) {
         codes[b] = m->codes + blocks[b] * block_bytes;
         scales[b] = m->scales + blocks[b] * block_groups;
+        offsets[b] = has_offsets ? m->offsets + blocks[b] * block_groups : 0;
         for (int r = 0; r < rows; r++) total[b][r] = _mm512_setzero_ps();
     }
     for (int g = 0; g < groups; g++) {
@@ -90,13 +92,18 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
                 }
             }
         }
-        vf scale[2];
-        for (int b = 0; b < num_blocks; b++) scale[b] = vf_load_fp16(scales[b] + g * BLOCK_OUTPUTS);
+        vf scale[2], offset[2];
+        for (int b = 0; b < num_blocks; b++) {
+            scale[b] = vf_load_fp16(scales[b] + g * BLOCK_OUTPUTS);
+            if (has_offsets) offset[b] = vf_load_fp16(offsets[b] + g * BLOCK_OUTPUTS);
+        }
         for (int r = 0; r < rows; r++) {
             const vf step = vf_set1(x->scales[(int64_t)(first_row + r) * groups + g]);
+            const vf sum_of_row = vf_set1(-(float)x->minus_sums[(int64_t)(first_row + r) * groups + g]);
             for (int b = 0; b < num_blocks; b++) {
                 vi dot = chains == 2 ? vi_add(sum[b][r][0], sum[b][r][1]) : sum[b][r][0];
                 total[b][r] = vf_fma(vi_to_float(dot), vf_mul(scale[b], step), total[b][r]);
+                if (has_offsets) total[b][r] = vf_fma(offset[b], vf_mul(sum_of_row, step), total[b][r]);
             }
         }
     }
@@ -110,7 +117,7 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
 
 /* 8-bit codes are multiplied as two halves of 4 bits: their pairwise products would overflow 16 bits. */
 INLINE void multiply_one(const Matrix *m, int block, const Activations *x, int first_row, const int rows,
-                         const int bits, const int is_asymmetric, float *out) {
+                         const int bits, const int is_asymmetric, const int has_offsets, float *out) {
     const int groups = x->groups, group = m->group;
     const int64_t group_bytes = (int64_t)group * BLOCK_OUTPUTS * bits / 8;
     const uint8_t *codes = m->codes + (int64_t)block * groups * group_bytes;
@@ -160,15 +167,22 @@ INLINE void multiply_one(const Matrix *m, int block, const Activations *x, int f
                 vi upper = bits == 8 ? _mm256_slli_epi32(high[r], 4) : high[r];
                 vi dot = vi_add(vi_add(low[r], upper), vi_mul(zero, vi_set1(x->minus_sums[at])));
                 float *to = out + r * BLOCK_OUTPUTS + half * VL;
-                vf_store(to, vf_fma(vi_to_float(dot), vf_mul(scale, vf_set1(x->scales[at])), vf_load(to)));
+                vf sum = vf_fma(vi_to_float(dot), vf_mul(scale, vf_set1(x->scales[at])), vf_load(to));
+                if (has_offsets) {
+                    const vf sum_of_row = vf_set1(-(float)x->minus_sums[at] * x->scales[at]);
+                    sum = vf_fma(vf_load_fp16(m->offsets + column), sum_of_row, sum);
+                }
+                vf_store(to, sum);
             }
         }
     }
 }
 
 INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,
-                          const int rows, const int bits, const int is_asymmetric, float *const *out) {
-    for (int b = 0; b < num_blocks; b++) multiply_one(m, blocks[b], x, first_row, rows, bits, is_asymmetric, out[b]);
+                          const int rows, const int bits, const int is_asymmetric, const int has_offsets,
+                          float *const *out) {
+    for (int b = 0; b < num_blocks; b++)
+        multiply_one(m, blocks[b], x, first_row, rows, bits, is_asymmetric, has_offsets, out[b]);
 }
 
 #define TILE_ROWS 4
@@ -177,10 +191,11 @@ INLINE void multiply_tile(const Matrix *m, const int *blocks, const int num_bloc
 
 #define MULTIPLY(rows)                                                                                          \
     case rows:                                                                                                  \
-        if (m->bits == 4 && !m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 0, at);      \
-        else if (m->bits == 4) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 1, at);              \
-        else if (!m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 0, at);                 \
-        else multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 1, at);                                \
+        if (m->offsets) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 0, 1, at);                  \
+        else if (m->bits == 4 && !m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 0, 0, at); \
+        else if (m->bits == 4) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 4, 1, 0, at);           \
+        else if (!m->zeros) multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 0, 0, at);              \
+        else multiply_tile(m, blocks, num_blocks, x, first_row, rows, 8, 1, 0, at);                             \
         break;
 
 INLINE void multiply(const Matrix *m, const int *blocks, const int num_blocks, const Activations *x, int first_row,

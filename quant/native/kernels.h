@@ -12,6 +12,7 @@ typedef struct {
     const uint8_t *codes;   /* (blocks, in * 16 * bits / 8): see linear.py */
     const uint16_t *scales; /* (blocks, groups, 16) fp16 */
     const uint8_t *zeros;   /* (blocks, groups, 16), or null: the middle of the grid everywhere */
+    const uint16_t *offsets; /* (blocks, groups, 16) fp16, added to a group's weights, or null */
     const float *bias;      /* (out), or null */
     int32_t in, out, group, bits;
 } Matrix;

@@ -1,7 +1,7 @@
 """Builds the C sources beside this file into the user's cache on first use and loads them.
 
-The only place that chooses between AVX-512 and AVX2. Without a compiler, or on a processor that has neither, there is
-no library: callers keep their plain operators, and one log line says why.
+The only place that chooses between AVX-512, with or without products of bf16 pairs, and AVX2. Without a compiler, or on
+a processor that has neither, there is no library: callers keep their plain operators, and one log line says why.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("kernels.c", "decode_step.c", "encoder.c")
-_HEADERS = ("kernels.h", "vectors.h")
+_SOURCES = ("kernels.c", "levels.c", "attention.c", "decode_step.c", "encoder.c")
+_HEADERS = ("kernels.h", "attention.h", "vectors.h")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _BUILD_TIMEOUT_S = 300  # on a machine that is busy with something else
@@ -38,14 +38,15 @@ class _Level:
     compiler_flags: tuple[str, ...]
 
 
+_AVX512_CPU = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"})
+_AVX512_COMPILER = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
+
+
 class Level(Enum):
     """Fastest first."""
 
-    AVX512 = _Level(
-        "AVX512",
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c"}),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
-    )
+    AVX512_BF16 = _Level("AVX512", _AVX512_CPU | {"avx512_bf16"}, (*_AVX512_COMPILER, "-mavx512bf16"))
+    AVX512 = _Level("AVX512", _AVX512_CPU, _AVX512_COMPILER)
     AVX2 = _Level("AVX2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
+from quant.native.large_pages import LargePages
+from quant.native.levels import find_levels
 from quant.native.library import load_library
 from quant.native.packing import BLOCK_OUTPUTS, GROUP_MULTIPLE, CMatrix, by_block, pack_codes
 
@@ -42,7 +44,8 @@ def why_not_native(matrix: QuantizedMatrix) -> str | None:
 class NativeLinear:
     """One matrix as the native kernels read it. Holds what `c_matrix` points to."""
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, memory: LargePages | None = None) -> None:
+        """memory: where the packed weights go, beside other matrices'; pages of their own if absent."""
         reason = why_not_native(matrix)
         if reason is not None:
             raise QuantizationError(f"this matrix cannot take the native product: {reason}")
@@ -52,21 +55,33 @@ class NativeLinear:
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self._call = library.causerie_linear
-        self._codes = torch.from_numpy(pack_codes(matrix.codes.numpy(), matrix.bits))
-        self._scales = _by_block(matrix.scales.to(torch.float16))
-        is_symmetric = bool((matrix.zeros == 1 << (matrix.bits - 1)).all())
-        self._zeros = None if is_symmetric else _by_block(matrix.zeros)
+        memory = memory or LargePages()
+        levelled = find_levels(matrix)
+        bits = matrix.bits if levelled is None else 4
+        packed = pack_codes((levelled or matrix).codes.numpy(), bits)
+        self._codes = torch.from_numpy(memory.copy(packed))
+        self._scales = _by_block((levelled or matrix).scales.to(torch.float16), memory)
+        has_zeros = levelled is None and not bool((matrix.zeros == 1 << (bits - 1)).all())
+        self._zeros = _by_block(matrix.zeros, memory) if has_zeros else None
+        self._offsets = None if levelled is None else _by_block(levelled.offsets.to(torch.float16), memory)
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self.c_matrix = CMatrix(
             self._codes.data_ptr(),
             self._scales.data_ptr(),
             None if self._zeros is None else self._zeros.data_ptr(),
+            None if self._offsets is None else self._offsets.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
             self.in_features,
             self.out_features,
             matrix.group_size,
-            matrix.bits,
+            bits,
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, as a product reads them."""
+        parts = (self._codes, self._scales, self._zeros, self._offsets)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (rows, in), float32 or bfloat16; the product has its type."""
@@ -86,8 +101,8 @@ class NativeLinear:
         return out
 
 
-def _by_block(values: Tensor) -> Tensor:
-    return torch.from_numpy(by_block(values.numpy()))
+def _by_block(values: Tensor, memory: LargePages) -> Tensor:
+    return torch.from_numpy(memory.copy(by_block(values.numpy())))
 
 
 def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -109,26 +124,33 @@ def is_native_right() -> bool:
     """Whether the library is there and agrees with the twin on small products; logs once."""
     if load_library() is None:
         return False
-    worst = max(_self_check_error(bits, rows) for bits in (4, 8) for rows in (1, 5))
+    matrices = (_check_matrix(4), _check_matrix(8), _check_matrix(8, on_levels=True))
+    worst = max(_self_check_error(matrix, rows) for matrix in matrices for rows in (1, 5))
     is_right = worst <= NATIVE_RELATIVE_TOLERANCE
     log = logger.info if is_right else logger.warning
     log("native_self_check passed=%s error=%.1e", "yes" if is_right else "no", worst)
     return is_right
 
 
-def _self_check_error(bits: int, rows: int) -> float:
-    """On a matrix with every code and zero point in it."""
+def _check_matrix(bits: int, *, on_levels: bool = False) -> QuantizedMatrix:
+    """Every code and zero point, or 8-bit codes on 16 levels whose scales and offsets fp16 holds."""
     generator = torch.Generator().manual_seed(0)
-    top, shape, group_size = 1 << bits, (32, 128), 32
+    shape, group_size = (32, 128), 32
     groups = (shape[0], shape[1] // group_size)
-    matrix = QuantizedMatrix(
-        codes=torch.randint(0, top, shape, dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(groups, generator=generator) * 0.01 + 0.005).to(torch.float16).to(torch.float32),
-        zeros=torch.randint(1, top, groups, dtype=torch.uint8, generator=generator),
+    codes = torch.randint(0, 16 if on_levels else 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(groups, generator=generator) * 0.01 + 0.005).to(torch.float16).to(torch.float32)
+    zeros = torch.randint(1, 1 << bits, groups, dtype=torch.uint8, generator=generator)
+    return QuantizedMatrix(
+        codes=codes * 17 if on_levels else codes,
+        scales=torch.full_like(scales, 2.0**-7) if on_levels else scales,
+        zeros=zeros,
         bits=bits,
         group_size=group_size,
     )
-    x = torch.randn(rows, shape[1], generator=generator)
+
+
+def _self_check_error(matrix: QuantizedMatrix, rows: int) -> float:
+    x = torch.randn(rows, matrix.in_features, generator=torch.Generator().manual_seed(rows))
     expected = native_twin(matrix, x)
     error = float((NativeLinear(matrix, None)(x) - expected).norm() / expected.norm())
     return error if error == error else float("inf")

@@ -13,14 +13,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from quant.native.large_pages import reserve
 from serving.engine.int8_rows import SCALE_DTYPE, dequantize_rows, quantize_rows
 from serving.model.spec import DecoderSpec
 
 BLOCK_SIZE = 16  # tokens; small enough to waste little on short chats, large enough to copy in one cache line run
-CACHE_LINE_BYTES = 64
 
 
 class BlockAllocator:
@@ -228,8 +227,5 @@ class KVCache:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     # Attention over padded blocks reads slots that nobody has written and multiplies them by 0, which a NaN survives.
-    # numpy's zeros are mapped on first use; torch's would be touched now. They begin in the middle of a cache line.
-    num_bytes = math.prod(shape) * dtype.itemsize
-    zeros = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
-    start = -zeros.ctypes.data % CACHE_LINE_BYTES
-    return torch.from_numpy(zeros[start : start + num_bytes]).view(dtype).view(shape)
+    # Mapped on first use; torch's would be touched now.
+    return torch.from_numpy(reserve(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from quant.bitsandbytes_linear import LoadIn, announce_bitsandbytes, build_bitsandbytes_kernel, load_in_of
 from quant.errors import CheckpointError
 from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import (
@@ -29,6 +30,7 @@ from quant.int4_linear import (
     probe_kernel,
 )
 from quant.matrix import concat_rows, have_equal_groups
+from quant.native.large_pages import LargePages
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
 from serving.engine.native_step import NativeStep, build_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
@@ -85,17 +87,29 @@ class PreparedModel:
     kernel_name: KernelName
     native: NativeStep | None = None  # the whole step in one call, where the model's form has one
 
+    def weight_bytes(self) -> int | None:
+        """Of the linears and the head, which a decoded token reads once; None where not all are native."""
+        linears = (linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        readers = [*(linear.kernel for linear in linears), self.head]
+        counted = [reader.num_bytes for reader in readers if isinstance(reader, NativeLinear | NativeHead)]
+        return sum(counted) if len(counted) == len(readers) else None
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of every linear of the layers, by its Hugging Face name."""
         fused = (part for layer in self.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
         return {name: (width, linear.kernel.in_features) for linear in fused for name, width in linear.parts}
 
 
-def prepare(decoder: Decoder, *, exact: bool, native: bool = True) -> PreparedModel:
+def prepare(decoder: Decoder, *, exact: bool, native: bool = True, load_in: LoadIn | None = None) -> PreparedModel:
     """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared.
 
-    native: whether activations may be rounded to int8 for the native kernels, where the machine has them.
+    native:  whether activations may be rounded to int8 for the native kernels, where the machine has them
+    load_in: round the plain linears of the layers with bitsandbytes. CheckpointError where one is quantised already
     """
+    if load_in is not None:
+        _refuse_quantized(decoder, load_in)
+        announce_bitsandbytes(load_in)
+        return _prepare(decoder, load_in.kernel_name, torch.bfloat16, is_exact=False)
     if exact:
         return _prepare(decoder, KernelName.PLAIN, torch.float32, is_exact=True)
     return _prepare(decoder, probe_kernel(rounds_activations=native), torch.bfloat16, is_exact=False)
@@ -121,7 +135,8 @@ def _prepare(
         else:
             head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
         embedding_norm = decoder.model.embed_norm
-        layers = [_prepare_layer(decoder, index, kernel_name, dtype) for index in range(spec.num_layers)]
+        memory = LargePages()
+        layers = [_prepare_layer(decoder, index, kernel_name, dtype, memory) for index in range(spec.num_layers)]
         return PreparedModel(
             spec=spec,
             layers=layers,
@@ -140,7 +155,9 @@ def _prepare(
         )
 
 
-def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype) -> PreparedLayer:
+def _prepare_layer(
+    decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
+) -> PreparedLayer:
     layer = cast("DecoderLayer", decoder.layers[index])
     attention, mlp, spec = layer.self_attn, layer.mlp, decoder.spec
     after_attention = layer.post_attention_layernorm
@@ -150,7 +167,7 @@ def _prepare_layer(decoder: Decoder, index: int, kernel_name: KernelName, dtype:
         linears = [getattr(owner, name) for name in names]
         prefix = f"model.layers.{index}.{block}"
         parts = tuple((f"{prefix}.{name}", linear.out_features) for name, linear in zip(names, linears, strict=True))
-        return FusedLinear(_fuse(linears, kernel_name, dtype), parts)
+        return FusedLinear(_fuse(linears, kernel_name, dtype, memory), parts)
 
     return PreparedLayer(
         input_norm=prepare_norm(layer.input_layernorm, spec),
@@ -180,13 +197,25 @@ _ALIBI_SLOPES: Mapping[Positions, Callable[[DecoderSpec], Tensor | None]] = {
 }
 
 
-def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype) -> LinearKernel:
+def _fuse(
+    linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
+) -> LinearKernel:
     bias = _stack_bias(linears)
     matrices = [linear.matrix for linear in linears if isinstance(linear, QuantizedLinear)]
     if len(matrices) == len(linears) and have_equal_groups(matrices):
-        return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
+        return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype, memory=memory)
     weights = [_plain_weight(linear, dtype) for linear in linears]
+    if (load_in := load_in_of(kernel_name)) is not None:
+        return build_bitsandbytes_kernel(torch.cat(weights), bias, load_in)
     return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))
+
+
+def _refuse_quantized(decoder: Decoder, load_in: LoadIn) -> None:
+    if any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
+        raise CheckpointError(
+            f"the model is quantised already, and load_in = {load_in.value} rounds plain weights; "
+            "leave load_in out, or give the directory of the source weights"
+        )
 
 
 def _plain_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -273,6 +302,11 @@ class NativeHead:
         padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
         blocks = [round_to_nearest(block, options) for block in padded.split(HEAD_BLOCK_ROWS)]
         self._kernel = NativeLinear(concat_rows(blocks), None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, as a product reads them."""
+        return self._kernel.num_bytes
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._kernel.to_float32(hidden)[:, : self._vocab_size]

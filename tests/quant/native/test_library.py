@@ -14,7 +14,7 @@ from quant.native.library import Level, NativeUnavailableError, build, choose_le
 pytestmark = pytest.mark.unit
 
 AVX2_FLAGS = Level.AVX2.value.cpu_flags
-ALL_FLAGS = AVX2_FLAGS | Level.AVX512.value.cpu_flags
+ALL_FLAGS = AVX2_FLAGS | Level.AVX512_BF16.value.cpu_flags
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in library._COMPILERS), reason="no compiler on this machine"
@@ -24,7 +24,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("flags", "capability", "level"),
     [
-        (ALL_FLAGS, "AVX512", Level.AVX512),
+        (ALL_FLAGS, "AVX512", Level.AVX512_BF16),
+        (ALL_FLAGS - {"avx512_bf16"}, "AVX512", Level.AVX512),
         (ALL_FLAGS, "AVX2", Level.AVX2),  # ATEN_CPU_CAPABILITY=avx2
         (ALL_FLAGS - {"avx512_vnni"}, "AVX512", Level.AVX2),
         (AVX2_FLAGS, "AVX2", Level.AVX2),

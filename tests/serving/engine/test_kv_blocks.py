@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engine.kv_blocks import CACHE_LINE_BYTES, BlockAllocator, KVCache, KVLayout, blocks_for
+from quant.native.large_pages import LARGE_PAGE_BYTES
+from serving.engine.kv_blocks import BlockAllocator, KVCache, KVLayout, blocks_for
 
 pytestmark = pytest.mark.unit
 
@@ -58,4 +59,4 @@ def test_slots_that_nobody_wrote_hold_zeros(dtype: torch.dtype) -> None:
     keys, values = cache.read_blocks(1, torch.arange(64).view(1, -1))
     assert keys.dtype == dtype
     assert float(keys.abs().sum() + values.abs().sum()) == 0.0
-    assert cache.address % CACHE_LINE_BYTES == 0
+    assert cache.address % LARGE_PAGE_BYTES == 0

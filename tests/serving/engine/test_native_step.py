@@ -1,4 +1,4 @@
-"""The native decode step against the torch path and the plain decoder. Runs again on the AVX2 code paths."""
+"""The native decode step against the torch path and the plain decoder. Runs again on the other code paths."""
 
 from __future__ import annotations
 
@@ -107,6 +107,18 @@ def test_rows_are_the_same_alone_and_together(*, int8_kv: bool) -> None:
 
 
 @both_caches
+@pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS.keys())
+def test_rows_over_a_long_context_are_the_same_alone_and_in_tiles_of_any_height(
+    spec: DecoderSpec, *, int8_kv: bool
+) -> None:
+    """Longer than two chunks of attention; one row, few rows (split by chunks) and many take different ways."""
+    model, ids = prepare(quantized_decoder(spec), exact=False), torch.tensor(prompt_of(290))
+    alone = serving_logits(model, ids, chunk_tokens=1, int8_kv=int8_kv)
+    for chunk_tokens in (3, 8, 9, 50, 290):
+        assert torch.equal(serving_logits(model, ids, chunk_tokens=chunk_tokens, int8_kv=int8_kv), alone)
+
+
+@both_caches
 def test_sequences_decoded_together_equal_each_alone(*, int8_kv: bool) -> None:
     model = prepare(quantized_decoder(NATIVE_SPEC), exact=False)
     prompts = [prompt_of(5 + 9 * i, seed=i) for i in range(6)]
@@ -194,22 +206,44 @@ def hidden_states(model: PreparedModel, ids: Tensor) -> Tensor:
     return serving_logits(replace(model, head=identity_head), ids, chunk_tokens=1)
 
 
+def test_bytes_of_the_weights_are_counted_where_all_of_them_are_native() -> None:
+    decoder = quantized_decoder(NATIVE_SPEC)
+    head_bytes = NATIVE_SPEC.vocab_size * NATIVE_SPEC.hidden_size
+    counted = prepare(decoder, exact=False).weight_bytes()
+    assert counted is not None
+    linear_weights = sum(out * inputs for out, inputs in prepare(decoder, exact=True).linear_shapes().values())
+    assert linear_weights / 2 + head_bytes < counted < 1.1 * (linear_weights + head_bytes)  # 4 or 8 bits, and scales
+    assert prepare(decoder, exact=True).weight_bytes() is None
+
+
 def test_head_reads_what_the_step_returns_and_nothing_is_scaled() -> None:
     model, ids = prepare(quantized_decoder(NATIVE_SPEC), exact=False), torch.tensor(prompt_of(30))
     expected = hidden_states(without_native_step(model), ids)
     assert relative_error(hidden_states(model, ids), expected) < TOLERANCE
 
 
+# As on a processor without products of bf16 pairs.
+WITHOUT_BF16 = """
+import sys, pytest
+from quant.native import library
+flags = library._cpu_flags() - {"avx512_bf16"}
+library._cpu_flags = lambda: flags
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="already running on a chosen capability")
-def test_these_and_the_products_pass_on_the_avx2_code_paths() -> None:
+@pytest.mark.parametrize("capability", ["avx512", "avx2"])
+def test_these_and_the_products_pass_on_the_other_code_paths(capability: str) -> None:
     here = Path(__file__)
     files = (
         *(str(here), str(here.parent / "test_native_sharing.py"), str(here.parent / "test_int8_kv.py")),
         str(here.parents[2] / "quant" / "native" / "test_linear.py"),
+        str(here.parents[2] / "quant" / "native" / "test_levels.py"),
     )
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        [sys.executable, "-c", WITHOUT_BF16, "-q", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
         check=False,
