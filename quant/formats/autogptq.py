@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.checkpoint_names import checkpoint_names
+from quant.formats.pickled import pickled_hint
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
@@ -215,7 +216,7 @@ def locate_tensors(directory: Path) -> dict[str, Path]:
     """Which safetensors file of the directory holds each tensor."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{directory}: no .safetensors file; weights in other formats are never read")
+        raise CheckpointError(f"{directory} has no .safetensors file{pickled_hint(directory)}")
     file_of_tensor: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -29,6 +29,11 @@ _READABLE_VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTED_ARRAYS: Final = 4
+# The largest vocabularies take some 20 MB. Beyond the header lie gigabytes of weights, which a false length would turn
+# into Python objects.
+MAX_HEADER_BYTES: Final = 128 * 2**20
+MAX_ARRAY_ITEMS: Final = 2**22
+_MAX_ALIGNMENT: Final = 2**20
 _BOOL: Final = 7
 _STRING: Final = 8
 _ARRAY: Final = 9
@@ -96,6 +101,22 @@ def _from_q4_1(blocks: Bytes) -> Floats:
     return _half(blocks[:, :2]) * _nibbles(blocks[:, 4:]) + _half(blocks[:, 2:4])
 
 
+def _from_q4_k(blocks: Bytes) -> Floats:
+    """256 numbers: fp16 scales of the scales and of the minimums, 8 six-bit pairs of those in 12 bytes, 8 runs of 32
+    nibbles, two runs sharing their bytes."""
+    factors = blocks[:, 4:16].reshape(-1, 3, 4)  # of run j < 4: scale, minimum; of run 4 + j: the nibbles of both
+    low, middle, nibbles = factors[:, 0], factors[:, 1], factors[:, 2]
+    scales = np.concatenate((low & 63, (nibbles & 15) | (low >> 6 << 4)), axis=1)  # (blocks, 8)
+    minimums = np.concatenate((middle & 63, (nibbles >> 4) | (middle >> 6 << 4)), axis=1)
+    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    codes = (packed >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)) & 15  # (blocks, pair, nibble, 32)
+    steps = _half(blocks[:, :2]) * scales.astype(np.float32)
+    offsets = _half(blocks[:, 2:4]) * minimums.astype(np.float32)
+    values = steps[:, :, None] * codes.reshape(-1, 8, 32)
+    values -= offsets[:, :, None]
+    return values.reshape(-1, 256)
+
+
 def _from_q6_k(blocks: Bytes) -> Floats:
     """256 numbers: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales of 16 numbers, one fp16 scale."""
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
@@ -113,6 +134,7 @@ TENSOR_TYPES: Final[Mapping[int, TensorType]] = {
     2: TensorType("Q4_0", 32, 18, _from_q4_0),
     3: TensorType("Q4_1", 32, 20, _from_q4_1),
     8: TensorType("Q8_0", 32, 34, _from_q8_0),
+    12: TensorType("Q4_K", 256, 144, _from_q4_k),
     14: TensorType("Q6_K", 256, 210, _from_q6_k),
     30: TensorType("BF16", 1, 2, _from_bf16),
 }
@@ -159,6 +181,7 @@ class _HeaderReader:
         self._data = data
         self._path = path
         self._position = 0
+        self._num_items = 0
         num_tensors, num_metadata = self._read_preamble()
         self.metadata = self._read_metadata(num_metadata)
         self.tensors = self._read_tensors(num_tensors)
@@ -169,7 +192,9 @@ class _HeaderReader:
     def _take(self, num_bytes: int, what: str) -> bytes:
         end = self._position + num_bytes
         if end > len(self._data):
-            raise self._fail(f"it ends at byte {len(self._data):,} inside {what}, which needs {end:,}")
+            raise self._fail(f"it ends at byte {len(self._data):,} inside {what:.120}, which needs {end:,}")
+        if end > MAX_HEADER_BYTES:
+            raise self._fail(f"{what:.120} ends at byte {end:,}; headers are read up to {MAX_HEADER_BYTES:,}")
         chunk = self._data[self._position : end]
         self._position = end
         return chunk
@@ -199,8 +224,9 @@ class _HeaderReader:
         for index in range(count):
             key = self._string(f"metadata key {index}")
             if key in metadata:
-                raise self._fail(f"metadata key {key!r} occurs twice")
-            metadata[key] = self._value(self._number("<I", f"the type of {key!r}"), f"metadata {key!r}", depth=0)
+                raise self._fail(f"metadata key {key!r:.80} occurs twice")
+            kind = self._number("<I", f"the type of {key!r:.80}")
+            metadata[key] = self._value(kind, f"metadata {key!r:.80}", depth=0)
         return metadata
 
     def _value(self, kind: int, what: str, depth: int) -> MetadataValue:
@@ -218,6 +244,9 @@ class _HeaderReader:
         if depth >= _MAX_NESTED_ARRAYS:
             raise self._fail(f"{what} nests arrays more than {_MAX_NESTED_ARRAYS} deep")
         kind, length = self._number("<I", what), self._number("<Q", what)
+        self._num_items += length
+        if self._num_items > MAX_ARRAY_ITEMS:
+            raise self._fail(f"{what:.120} has {length:,} items; all arrays together may have {MAX_ARRAY_ITEMS:,}")
         layout = _SCALAR_FORMATS.get(kind)
         if layout is None:
             return [self._value(kind, f"{what}[{index}]", depth + 1) for index in range(length)]
@@ -228,25 +257,33 @@ class _HeaderReader:
     def _read_tensors(self, count: int) -> dict[str, TensorInfo]:
         records = [self._tensor_record(index) for index in range(count)]
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0:
-            raise self._fail(f"general.alignment is {alignment!r}, expected a positive whole number")
+        if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT:
+            raise self._fail(f"general.alignment is {alignment!r:.60}, expected 1 to {_MAX_ALIGNMENT:,}")
         data_start = -(-self._position // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, shape, type_id, offset in records:
             if name in tensors:
-                raise self._fail(f"tensor {name!r} occurs twice")
+                raise self._fail(f"tensor {name!r:.80} occurs twice")
             if offset % alignment:
-                raise self._fail(f"tensor {name!r} lies at offset {offset:,}, not a multiple of {alignment}")
+                raise self._fail(f"tensor {name!r:.80} lies at offset {offset:,}, not a multiple of {alignment}")
             tensors[name] = self._checked_tensor(name, shape, type_id, data_start + offset)
+        self._refuse_overlaps(tensors.values())
         return tensors
+
+    def _refuse_overlaps(self, tensors: Iterable[TensorInfo]) -> None:
+        end = 0
+        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                raise self._fail(f"tensor {tensor.name!r:.80} overlaps the tensor before it")
+            end = tensor.offset + tensor.num_bytes
 
     def _tensor_record(self, index: int) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string(f"the name of tensor {index}")
-        num_dimensions = self._number("<I", f"tensor {name!r}")
+        num_dimensions = self._number("<I", f"tensor {name!r:.80}")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-            raise self._fail(f"tensor {name!r} has {num_dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
-        dimensions = [self._number("<Q", f"the shape of {name!r}") for _ in range(num_dimensions)]
-        type_id, offset = self._number("<I", f"tensor {name!r}"), self._number("<Q", f"tensor {name!r}")
+            raise self._fail(f"tensor {name!r:.80} has {num_dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
+        dimensions = [self._number("<Q", f"the shape of {name!r:.80}") for _ in range(num_dimensions)]
+        type_id, offset = self._number("<I", f"tensor {name!r:.80}"), self._number("<Q", f"tensor {name!r:.80}")
         return name, tuple(reversed(dimensions)), type_id, offset
 
     def _checked_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> TensorInfo:
@@ -254,14 +291,16 @@ class _HeaderReader:
         if kind is None:
             known = ", ".join(known.name for known in TENSOR_TYPES.values())
             raise CheckpointError(
-                f"{self._path}: tensor {name!r} has the type number {type_id}, which is not supported; "
+                f"{self._path}: tensor {name!r:.80} has the type number {type_id}, which is not supported; "
                 f"supported are {known}: use a file in one of them"
             )
         if 0 in shape or shape[-1] % kind.block_elements:
-            raise self._fail(f"tensor {name!r} has shape {shape}, but {kind.name} rows hold {kind.block_elements}·n")
+            raise self._fail(
+                f"tensor {name!r:.80} has shape {shape}, but {kind.name} rows hold {kind.block_elements}·n"
+            )
         num_bytes = math.prod(shape) // kind.block_elements * kind.block_bytes
         if offset + num_bytes > len(self._data):
             raise self._fail(
-                f"tensor {name!r} ends at byte {offset + num_bytes:,}, the file at byte {len(self._data):,}"
+                f"tensor {name!r:.80} ends at byte {offset + num_bytes:,}, the file at byte {len(self._data):,}"
             )
         return TensorInfo(name, shape, kind, offset, num_bytes)

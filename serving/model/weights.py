@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import (
-    QUANTIZE_CONFIG_FILE,
     gptq_settings,
     is_packed_tensor,
     iterate_quantized_linears,
-    read_json,
 )
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.formats.pickled import pickled_hint
 from quant.formats.safetensors_header import check_safetensors
 from quant.int4_linear import QuantizedLinear
 from serving.model.json_files import read_object
@@ -151,27 +150,14 @@ def _only_file(directory: Path) -> Path:
     """The file of a checkpoint that is not sharded, under the usual name or the one that AutoGPTQ gives it."""
     path = directory / WEIGHTS_FILE
     named_by_autogptq = sorted(directory.glob("gptq_model*.safetensors"))
-    if path.exists() or not named_by_autogptq:
-        return path if path.exists() else _refuse_without_weights(directory)
+    if path.exists():
+        return path
+    if not named_by_autogptq:
+        raise CheckpointError(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled_hint(directory)}")
     if len(named_by_autogptq) > 1:
         names = ", ".join(file.name for file in named_by_autogptq)
         raise CheckpointError(f"{directory} holds several quantised models: {names}; keep one of them")
     return named_by_autogptq[0]
-
-
-def _refuse_without_weights(directory: Path) -> NoReturn:
-    absent = f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-    if not pickled:
-        raise CheckpointError(absent)
-    config = read_json(directory / CONFIG_FILE)
-    if config.get("quantization_config") is None and not (directory / QUANTIZE_CONFIG_FILE).is_file():
-        raise CheckpointError(f"{absent}; {pickled[0]} is pickled, which is never read: convert it to safetensors")
-    raise CheckpointError(
-        f"{absent}; {pickled[0]} is a pickled GPTQ file, which is never read, since opening one runs its author's "
-        "code: quantise the source model with `causerie quantize`, or have the tool that wrote the file write it "
-        "again with use_safetensors=True"
-    )
 
 
 def _shard_path(directory: Path, name: str) -> Path:

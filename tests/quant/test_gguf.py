@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as GgmlType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from quant.errors import CheckpointError
-from quant.formats.gguf import TENSOR_TYPES, GgufFile
+from quant.formats.gguf import MAX_HEADER_BYTES, TENSOR_TYPES, GgufFile
 from quant.formats.gguf_conversion import convert_gguf, unpermute_rows
 from tests.quant.tiny_gguf import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
     KV_HEADS,
+    byte_level_tokens,
     llama_weights,
     permute_rows,
     write_file,
@@ -31,6 +36,9 @@ from tests.quant.tiny_gguf import (
 
 pytestmark = pytest.mark.unit
 
+# Far below what the lengths in a hostile header ask for; the small files below need some kilobytes.
+MEMORY_LIMIT = 8 * 2**20
+
 
 def random_blocks(kind: GgmlType, rows: int, columns: int) -> np.ndarray:
     """Random bytes as blocks of `kind`, with every fp16 scale set to an ordinary number."""
@@ -38,13 +46,14 @@ def random_blocks(kind: GgmlType, rows: int, columns: int) -> np.ndarray:
     rng = np.random.default_rng(int(kind))
     raw = rng.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)
     scales = rng.normal(0, 0.01, (len(raw), 2)).astype(np.float16).view(np.uint8)
-    starts = {GgmlType.Q4_0: (0, 2), GgmlType.Q8_0: (0, 2), GgmlType.Q4_1: (0, 4), GgmlType.Q6_K: (208, 210)}
+    starts = {GgmlType.Q4_0: (0, 2), GgmlType.Q8_0: (0, 2), GgmlType.Q4_1: (0, 4)}
+    starts |= {GgmlType.Q4_K: (0, 4), GgmlType.Q6_K: (208, 210)}
     first, last = starts[kind]
     raw[:, first:last] = scales[:, : last - first]
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.Q6_K])
+@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.Q4_K, GgmlType.Q6_K])
 def test_every_quantised_type_dequantises_as_the_gguf_package_does(tmp_path: Path, kind: GgmlType) -> None:
     raw = random_blocks(kind, rows=6, columns=512)
     path = write_file(tmp_path / "m.gguf", lambda writer: writer.add_tensor("t", raw, raw_dtype=kind))
@@ -133,7 +142,105 @@ DAMAGES: list[tuple[Callable[[bytearray], bytes], str]] = [
         "the file at byte",
     ),
     (lambda data: replaced(data, b"tensor", b"ten\xff\xffr"), "not UTF-8"),
+    (lambda data: with_metadata(data, struct.pack("<IIQ", 9, 0, 2**40)), "all arrays together may have"),
+    (lambda data: with_metadata(data, struct.pack("<IIQ", 9, 8, 2**40)), "all arrays together may have"),
+    (lambda data: with_metadata(data, struct.pack("<IQ", 8, 2**63)), "ends at byte"),
+    (lambda data: with_metadata(data, struct.pack("<I", 99)), "unknown value type 99"),
+    (lambda data: with_metadata(data, struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 6), "nests arrays"),
+    (lambda data: with_metadata(data, struct.pack("<II", 4, 2**31), key=b"general.alignment"), "expected 1 to"),
+    (lambda data: with_metadata(data, struct.pack("<II", 4, 0), key=b"general.alignment"), "expected 1 to"),
 ]
+
+
+def with_metadata(data: bytearray, typed_value: bytes, *, key: bytes = b"extra") -> bytes:
+    """The file with one more entry in front; what follows moves, and is not reached where the entry is refused."""
+    head = bytes(data[:16]) + struct.pack("<Q", int.from_bytes(data[16:24], "little") + 1)
+    return head + struct.pack("<Q", len(key)) + key + typed_value + bytes(data[24:])
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    def fill(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("first", np.ones((2, 32), np.float32))
+        writer.add_tensor("second", np.ones((2, 32), np.float32))
+
+    path = write_file(tmp_path / "m.gguf", fill)
+    second = b"second" + struct.pack("<IQQI", 2, 32, 2, 0)
+    moved = replaced(bytearray(path.read_bytes()), second + struct.pack("<Q", 256), second + struct.pack("<Q", 224))
+    path.write_bytes(moved)
+    with pytest.raises(CheckpointError, match="'second' overlaps"):
+        GgufFile(path)
+
+
+def test_header_above_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.gguf"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", MAX_HEADER_BYTES)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(2 * MAX_HEADER_BYTES)  # sparse: takes no disk
+    with pytest.raises(CheckpointError, match="headers are read up to"):
+        read_in_little_memory(path)
+
+
+def read_in_little_memory(path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with GgufFile(path) as file:
+            for name in file.tensors:
+                file.read(name)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MEMORY_LIMIT
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 2400), st.binary(min_size=1, max_size=9)), min_size=1, max_size=3),
+    cut=st.integers(0, 400),
+)
+def test_mutated_file_is_read_or_refused_in_little_memory(
+    tmp_path: Path, edits: list[tuple[int, bytes]], cut: int
+) -> None:
+    raw = bytearray(mutable_file(tmp_path))
+    for position, change in edits:
+        raw[position % len(raw) : position % len(raw) + len(change)] = change
+    path = tmp_path / "mutated.gguf"
+    path.write_bytes(raw[: len(raw) - cut])
+    with contextlib.suppress(CheckpointError):
+        read_in_little_memory(path)
+
+
+LARGE_NUMBERS = [struct.pack("<Q", value) for value in (0, 1, 2**16, 2**31, 2**32, 2**40, 2**63, 2**64 - 1)]
+
+
+@pytest.mark.parametrize("number", LARGE_NUMBERS)
+def test_any_count_or_length_may_be_replaced_by_any_other(tmp_path: Path, number: bytes) -> None:
+    original = mutable_file(tmp_path)
+    path = tmp_path / "mutated.gguf"
+    for position in range(8, 700, 12):
+        path.write_bytes(original[:position] + number + original[position + 8 :])
+        with contextlib.suppress(CheckpointError):
+            read_in_little_memory(path)
+
+
+def mutable_file(tmp_path: Path) -> bytes:
+    """A file with every kind of metadata and two tensors; written once."""
+    path = tmp_path / "original.gguf"
+    if not path.exists():
+
+        def fill(writer: gguf.GGUFWriter) -> None:
+            writer.add_array("tokens", ["a", "bc", ""])
+            writer.add_array("types", [1, 3, 5])
+            writer.add_bool("flag", True)
+            writer.add_float32("number", 1.5)
+            writer.add_string("template", "{{ messages }}")
+            writer.add_tensor("first", np.ones((2, 32), np.float32))
+            writer.add_tensor(
+                "second", gguf.quantize(np.ones((4, 32), np.float32), GgmlType.Q4_0), raw_dtype=GgmlType.Q4_0
+            )
+
+        write_file(path, fill)
+    return path.read_bytes()
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)
@@ -227,6 +334,19 @@ def test_rebuilt_tokenizer_splits_digits_and_keeps_special_tokens(tmp_path: Path
     assert json.loads((directory / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
 
 
+def test_beginning_token_of_the_file_is_put_before_every_text(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "model.gguf", GgmlType.F32, lambda writer: writer.add_add_bos_token(True))
+    convert_gguf(path, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("hello").tokens == ["<|im_start|>", "hell", "o"]
+
+
+def test_second_end_token_is_read_too(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "model.gguf", GgmlType.F32, lambda writer: writer.add_eot_token_id(0))
+    convert_gguf(path, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+
 def add_stray_tensor(writer: gguf.GGUFWriter) -> None:
     writer.add_tensor("blk.0.attn_gate.weight", np.ones((2, 32), np.float32))
 
@@ -236,7 +356,12 @@ CHANGES: list[tuple[Callable[[gguf.GGUFWriter], None], str]] = [
     (lambda writer: writer.add_string("general.architecture", "rwkv"), "architecture 'rwkv'"),
     (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scales its rotary"),
     (lambda writer: writer.add_rope_dimension_count(8), "rotates 8 of 16"),
-    (lambda writer: writer.add_add_bos_token(True), "BOS"),
+    (lambda writer: writer.add_add_eos_token(True), "EOS"),
+    (lambda writer: writer.add_block_count(2**30), "lacks"),
+    (lambda writer: writer.add_head_count(2**31), "expected 1 to 2,147,483,647"),
+    (lambda writer: writer.add_head_count_kv(3), "rows for 3 heads"),
+    (lambda writer: writer.add_token_merges(["h e", "q"]), "merge 1 is 'q'"),
+    (lambda writer: writer.add_token_types([1] * len(byte_level_tokens()[:-1]) + [6]), "types \\['6'\\]"),
     (lambda writer: writer.add_block_count(2), "lacks 9 tensors"),
     (lambda writer: writer.add_float32("llama.block_count", 1.0), "llama.block_count' is 1.0, expected int"),
     (lambda writer: writer.add_token_types([1]), "1 token types"),

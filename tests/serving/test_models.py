@@ -53,13 +53,45 @@ def test_model_is_a_name_then_a_directory_then_a_hub_id(tmp_path: Path, monkeypa
     assert resolve("owner/elsewhere@v1.2").revision == "v1.2"
 
 
+def test_gguf_file_is_a_model_and_so_is_a_directory_of_one(tmp_path: Path) -> None:
+    directory = tmp_path / "Tiny"
+    directory.mkdir()
+    file = directory / "Tiny-Q4_0.gguf"
+    file.write_bytes(b"GGUF")
+    for given in (file, directory):
+        assert resolve(str(given)).gguf == file
+        assert resolve(str(given)).directory is None
+    assert model_id_of(str(file)) == "tiny-q4-0"
+    (directory / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="holds 2 GGUF files"):
+        resolve(str(directory))
+    (directory / "config.json").write_text("{}")
+    assert resolve(str(directory)).directory == directory
+
+
+def test_file_that_is_no_gguf_file_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="give the directory"):
+        resolve(str(path))
+
+
+def test_folder_of_a_gguf_file_follows_its_content(tmp_path: Path) -> None:
+    file, copy, other = (tmp_path / name / "m.gguf" for name in ("a", "b", "c"))
+    for path, content in ((file, b"GGUF1"), (copy, b"GGUF1"), (other, b"GGUF2")):
+        path.parent.mkdir()
+        path.write_bytes(content)
+    folders = [model_folder(tmp_path / "cache", resolve(str(path))) for path in (file, copy, other)]
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_hub_id_of_a_named_model_is_that_model() -> None:
     assert resolve("huggingfacetb/SmolLM2-135M-instruct").package is not None
 
 
 @pytest.mark.parametrize("model", ["smollm2-135m-instuct", "./absent", "/absent/model", "a/b/c", ""])
 def test_what_cannot_be_a_model_is_refused_with_what_can(model: str) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a known name, nor an existing directory, nor a hub id"):
+    with pytest.raises(CheckpointError, match=r"neither a known name, nor an existing directory, nor a GGUF file, nor"):
         resolve(model)
 
 

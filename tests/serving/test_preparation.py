@@ -23,7 +23,7 @@ from quant.model_directory import Manifest, publish_directory, read_manifest, wr
 from quant.progress import ProgressSink, SilentProgress
 from serving.model_sources import SourceUnavailableError, fetch_from_package, require_space
 from serving.models import ModelReference, PackageSource, QuantizationRecipe
-from serving.preparation import prepare_model
+from serving.preparation import prepare_model, prepare_source
 from tests.quant.tiny_gguf import write_llama
 from tests.serving.fake_hub import COMMIT, FakeHub, serve_hub
 
@@ -96,6 +96,29 @@ def test_plain_directory_is_quantised_once_and_then_reused(tiny_model: Path, tmp
     assert prepare_model(str(tiny_model), tmp_path, SilentProgress(), quantize) == first
     assert quantize.calls == 1
     assert first.is_relative_to(tmp_path)
+
+
+@pytest.mark.unit
+def test_gguf_file_is_converted_and_quantised_once_and_then_reused(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", GgmlType.Q4_0)
+    quantize, cache = FakeQuantize(), tmp_path / "cache"
+    first = prepare_model(str(file), cache, SilentProgress(), quantize)
+    assert prepare_model(str(file), cache, SilentProgress(), quantize) == first
+    assert quantize.calls == 1
+    source = prepare_source(str(file), cache, SilentProgress())
+    manifest = read_manifest(source)
+    assert manifest is not None
+    assert manifest.parents[0].name == "tiny.gguf"
+    assert (source / "chat_template.jinja").is_file()
+
+
+@pytest.mark.unit
+def test_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", GgmlType.Q4_0)
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match="ends at byte"):
+        prepare_model(str(file), tmp_path / "cache", SilentProgress(), FakeQuantize())
+    assert folders(tmp_path / "cache") == ["lock"]
 
 
 @pytest.mark.unit
