@@ -14,12 +14,16 @@ from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from serving.model.layer_source import DirectoryLayers
 from serving.model.weights import load_decoder
-from tests.quant.tiny_models import PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
+from tests.quant.tiny_models import BLOOM, GPT_NEOX, PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
 
 pytestmark = pytest.mark.unit
 
 
-FORMS = pytest.mark.parametrize("form", [{}, PALM, {"tie_word_embeddings": False}], ids=["llama", "palm", "untied"])
+FORMS = pytest.mark.parametrize(
+    "form",
+    [{}, PALM, {"tie_word_embeddings": False}, BLOOM, GPT_NEOX],
+    ids=["llama", "palm", "untied", "bloom", "gpt_neox"],
+)
 GRID = GptqOptions(group_size=32)
 
 
