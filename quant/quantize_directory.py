@@ -12,13 +12,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from quant.budget import BudgetUnreachableError
 from quant.budget_search import BudgetSearch, FoundChoices, SearchRun, open_search
@@ -295,7 +296,7 @@ def _first_windows(texts: Sequence[HeldOut]) -> list[int]:
 def _compare_text(
     text: HeldOut, first: int, paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
 ) -> TextComparison:
-    others = [
+    others: list[Callable[[int], Tensor]] = [
         lambda window: paths.result.logits(first + window),
         lambda window: paths.nearest.logits(first + window),
     ]

@@ -54,7 +54,9 @@ def _draw_errors(axes: Axes, report: QuantizationReport) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the outputs (% of their squared norm)")
-    axes.set_title(f"error of each linear; hollow: not {report.bits} bits, group {report.group_size}", fontsize=9, loc="left")
+    axes.set_title(
+        f"error of each linear; hollow: not {report.bits} bits, group {report.group_size}", fontsize=9, loc="left"
+    )
     axes.grid(visible=True, which="major", alpha=0.3)
     if report.layers:
         axes.legend(fontsize=7, ncols=2)

@@ -53,7 +53,7 @@ def works(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("form", [{}, PALM, BLOOM, GPT_NEOX], ids=["llama", "palm", "bloom", "gpt_neox"])
 def test_from_disk_come_the_codes_that_the_model_in_memory_gets(tmp_path: Path, form: dict[str, object]) -> None:
-    source = write_source(tmp_path / "source", **form)
+    source = write_source(tmp_path / "source", torch.float16, **form)
     quantize(source, tmp_path / "out")
     decoder = load_decoder(source)
     encode = TinyAccess().encoder(source)

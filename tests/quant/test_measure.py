@@ -42,7 +42,7 @@ def carry(source: Path, result: Path, windows: Tensor, bits: int = 4) -> PlainPa
 def test_plain_path_is_the_models_own_forward_in_float32_whatever_is_stored(
     tmp_path: Path, form: dict[str, object]
 ) -> None:
-    source = write_source(tmp_path / "source", **form)
+    source = write_source(tmp_path / "source", torch.float16, **form)
     windows = tiny_ids(5, 16)
     paths = carry(source, source, windows)
     expected = load_decoder(source)(windows)
