@@ -71,7 +71,7 @@ class TensorFile:
         if end > start:
             with self.path.open("rb") as file:
                 file.seek(start)
-                found = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+                found = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if found != end - start:
                 raise CheckpointError(f"{self.path} ended while {name} was read; was it changed meanwhile?")
         return tensor
@@ -128,7 +128,7 @@ def write_tensors(path: Path, tensors: Sequence[TensorToWrite], metadata: Mappin
         file.write(text)
         for tensor in ordered:
             for run in _runs(tensor):
-                file.write(run.contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(run.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _runs(tensor: TensorToWrite) -> Generator[Tensor]:

@@ -227,7 +227,7 @@ def _bloom(config: _ConfigReader) -> DecoderSpec:
         family="bloom",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=config.integer("n_inner", 4 * hidden_size),
+        intermediate_size=4 * hidden_size,
         num_layers=config.first_integer("n_layer", "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_heads,

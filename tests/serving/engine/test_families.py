@@ -10,10 +10,16 @@ import torch
 
 from quant.int4_linear import relative_error
 from quant.native.library import load_library
+from serving.engine.batch import build_batch
 from serving.engine.engine import Engine
+from serving.engine.kv_blocks import KVCache, KVLayout
 from serving.engine.logits import serving_logits
 from serving.engine.native_step import why_no_native_step
 from serving.engine.prepare import PreparedModel, prepare
+from serving.engine.requests import ScoreRequest
+from serving.engine.runner import run_chunks
+from serving.engine.scheduler import Chunk
+from serving.engine.sequence import Sequence
 from serving.model.spec import DecoderSpec
 from serving.model.weights import load_decoder
 from tests.serving.engine.engines import engine_of, generate, reused, run, tokens
@@ -65,6 +71,31 @@ def test_sequences_decoded_together_give_what_each_gives_alone(spec: DecoderSpec
     together = greedy_ids(engine_of(model=batched, max_step_tokens=64), prompts, 20)
     alone = [greedy_ids(engine_of(model=exact_model(spec)), [prompt], 20)[0] for prompt in prompts]
     assert together == alone
+
+
+@each_family
+def test_rows_of_a_padded_group_attend_to_their_own_context_only(spec: DecoderSpec) -> None:
+    """Decoding rows with two and three blocks in one group, against the plain decoder; block 0 holds another's keys."""
+    decoder = make_decoder(spec)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(6.0 if parameter.dim() == 2 else 1.0)  # else attention hardly matters
+    model, lengths = prepare(decoder, exact=True), (20, 33, 41)
+    cache = KVCache(KVLayout.of(spec, model.dtype), 12)
+    sequences = [sequence_of(prompt_of(length, seed=length), 4 * index) for index, length in enumerate(lengths)]
+    with torch.inference_mode():
+        run_chunks(model, cache, [Chunk(each, 0, len(each.ids) - 1) for each in sequences])
+        last = [Chunk(each, len(each.ids) - 1, 1) for each in sequences]
+        assert len(build_batch(last).decode_groups) == 1
+        found = run_chunks(model, cache, last)
+        for row, each in zip(model.head(found), sequences, strict=True):
+            torch.testing.assert_close(row, decoder(torch.tensor([each.ids]))[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def sequence_of(ids: list[int], first_block: int) -> Sequence:
+    """With its blocks in descending order, so that they are no run."""
+    blocks = [first_block + 3 - index for index in range(3)]
+    return Sequence(ScoreRequest(request_id=str(first_block), ids=ids), first_block, 0, ids, len(ids), blocks=blocks)
 
 
 @each_family
