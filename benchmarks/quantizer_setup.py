@@ -19,7 +19,7 @@ from benchmarks.training import torch_arguments
 GPTQMODEL, AUTO_GPTQ = "7.7.0", "0.7.1"
 # What auto-gptq was released against. Its wheel names CUDA's libraries; nothing here needs a GPU.
 AUTO_GPTQ_NEEDS = ("torch==2.2.2", "numpy<2", "transformers==4.38.2", "accelerate==0.27.2", "peft==0.9.0")
-AUTO_GPTQ_ALSO_NEEDS = ("datasets", "sentencepiece", "rouge", "gekko", "safetensors", "tqdm")
+AUTO_GPTQ_ALSO_NEEDS = ("datasets==2.18.0", "pyarrow==15.0.2", "sentencepiece", "rouge", "gekko", "safetensors", "tqdm")
 
 
 def make_gptqmodel(work: Path) -> Path:

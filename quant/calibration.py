@@ -1,13 +1,15 @@
 """Text for calibration and for measuring: the bundled one or a file of the user's, cut into windows of token ids.
 
+What a file may hold is checked here, line by line; whether it holds what the result is measured on is checked too.
 Turning a row into ids is the caller's: it knows the tokenizer and the chat format.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -19,7 +21,14 @@ from quant.errors import QuantizationError
 
 BUNDLED_CALIBRATION = "calibration.jsonl"
 BUNDLED_HELD_OUT = "held_out.jsonl"
-
+# A line longer than a long book is a mistake, such as a missing line break, and would be read into memory as it is.
+MAX_LINE_CHARACTERS = 2_000_000
+# Twenty words in a row that two texts share are a copy, not a common phrase.
+OVERLAP_WORDS = 20
+# Scripts that put no spaces between words: each character counts as one.
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+_EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or {"text": "..."}'
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -33,10 +42,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Either a conversation or a text; the other one is empty."""
+    """Either a conversation or a text; the other one is empty. `line` of its file, from 1; 0 if it is no line."""
 
     text: str = ""
     messages: tuple[Message, ...] = ()
+    line: int = field(default=0, compare=False)
 
 
 Encoder: TypeAlias = Callable[[Row], Sequence[int]]
@@ -54,7 +64,7 @@ def load_rows(path: Path) -> list[Row]:
     QuantizationError says which line is wrong and what was expected.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except OSError as error:
         raise QuantizationError(f"calibration file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -107,38 +117,99 @@ def held_out_windows(ids: Tensor, seq_len: int, max_tokens: int) -> Tensor:
     return ids[: count * seq_len].view(count, seq_len)
 
 
+def refuse_overlap(calibration: Sequence[Row], held_out: Sequence[Row], origin: str, held_out_name: str) -> None:
+    """Raises QuantizationError naming the first line of `calibration` that holds a passage of `held_out`.
+
+    A passage is OVERLAP_WORDS words in a row, whatever their case and punctuation. A model that was calibrated on what
+    it is measured on would look better than it is. origin: the file's name. held_out_name: of the text to measure on.
+    """
+    passages = {hash(passage) for row in held_out for passage in _passages(row)}
+    for row in calibration:
+        for passage in _passages(row):
+            if hash(passage) in passages:
+                place = f"{origin}, line {row.line}" if row.line else origin
+                start = " ".join(passage[:8])
+                raise QuantizationError(
+                    f'{place} holds text of {held_out_name}, on which the result is measured: "{start} ..." '
+                    f"({OVERLAP_WORDS} words in a row are the same); take it out of the calibration text"
+                )
+
+
+def _passages(row: Row) -> Iterator[tuple[str, ...]]:
+    """Every run of OVERLAP_WORDS words. System prompts are left out: many conversations share one."""
+    for text in (row.text, *(message.content for message in row.messages if message.role != "system")):
+        words = _WORD.findall(text.casefold())
+        for start in range(len(words) - OVERLAP_WORDS + 1):
+            yield tuple(words[start : start + OVERLAP_WORDS])
+
+
 def _parse_json_lines(content: str, origin: str) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not `splitlines`: U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
-            rows.append(_parse_row(line, f"{origin}, line {number}"))
+            rows.append(_parse_row(line, number, f"{origin}, line {number}"))
     return rows
 
 
-def _parse_row(line: str, origin: str) -> Row:
-    try:
-        record: object = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise QuantizationError(f"{origin}: not valid JSON: {error.msg}") from error
-    expected = 'expected {"messages": [{"role", "content"}, ...]} or {"text": "..."}'
-    if not isinstance(record, dict):
-        raise QuantizationError(f"{origin}: {expected}")
-    fields = cast("dict[str, object]", record)
+def _parse_row(line: str, number: int, origin: str) -> Row:
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise QuantizationError(
+            f"{origin} has {len(line):,} characters; at most {MAX_LINE_CHARACTERS:,} are read: is a line break missing?"
+        )
+    fields = _parse_object(line, origin)
     text, messages = fields.get("text"), fields.get("messages")
+    if text is not None and messages is not None:
+        raise QuantizationError(f"{origin} has both text and messages; {_EXPECTED}")
     if isinstance(text, str):
-        return Row(text=text)
+        return Row(text=_checked_text(text, f"{origin}: its text"), line=number)
     if not isinstance(messages, list) or not messages:
-        raise QuantizationError(f"{origin}: {expected}")
+        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(fields.items())[:4]) or "no key"
+        raise QuantizationError(f"{origin}: {_EXPECTED}; found {found}")
+    listed = cast("list[object]", messages)
     return Row(
-        messages=tuple(_parse_message(message, f"{origin}: {expected}") for message in cast("list[object]", messages))
+        messages=tuple(_parse_message(one, f"{origin}: message {place}") for place, one in enumerate(listed, start=1)),
+        line=number,
     )
 
 
-def _parse_message(message: object, complaint: str) -> Message:
+def _parse_object(line: str, origin: str) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise QuantizationError(f"{origin}: the key {twice[0]!r} occurs twice in one object")
+        return dict(pairs)
+
+    try:
+        record: object = json.loads(line, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise QuantizationError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise QuantizationError(f"{origin}: not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise QuantizationError(f"{origin}: {_EXPECTED}; found {type(record).__name__}")
+    return cast("dict[str, object]", record)
+
+
+def _parse_message(message: object, origin: str) -> Message:
     if not isinstance(message, dict):
-        raise QuantizationError(complaint)
+        raise QuantizationError(f"{origin} is {type(message).__name__}; {_EXPECTED}")
     fields = cast("dict[str, object]", message)
     role, content = fields.get("role"), fields.get("content")
-    if role not in ROLES or not isinstance(content, str):
-        raise QuantizationError(f"{complaint}, roles {', '.join(ROLES)}")
-    return Message(role, content)
+    if role not in ROLES:
+        raise QuantizationError(f"{origin} has the role {role!r}; roles are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise QuantizationError(f"{origin}: content is {type(content).__name__}, expected a string")
+    return Message(role, _checked_text(content, f"{origin}: its content"))
+
+
+def _checked_text(text: str, what: str) -> str:
+    if not text.strip():
+        raise QuantizationError(f"{what} is empty; leave the line out")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise QuantizationError(f"{what} has half a surrogate pair ({found}), which is no character") from error
+    return text

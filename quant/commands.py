@@ -1,19 +1,23 @@
-"""`causerie quantize`, and the composition behind it: this package's algorithm with `serving`'s loader and engine.
+"""`causerie quantize`, `causerie merge`, and the composition behind them: our algorithm with serving's loader, engine.
 
 The one module of this package that imports `serving`, inside functions only.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quant.command_line import act_order_warning, parse_merge, parse_quantize
+
 if TYPE_CHECKING:
+    import argparse
+
     import torch
     from torch import Tensor
 
@@ -22,40 +26,68 @@ if TYPE_CHECKING:
     from quant.measure import WindowLogits
     from quant.progress import ProgressSink
     from quant.quantize_directory import QuantizeOptions
-    from quant.report import QuantizationReport
+    from quant.report import DecodeSpeed, QuantizationReport
 
-DESCRIPTION = """\
-Quantise a model's linears to 4 (or 8) bits with GPTQ and write a directory that `causerie serve --model OUT` and other
-engines load, with a report of what it cost in quality. Takes about two minutes for 135M parameters on two cores."""
 
-EXAMPLES = """\
-examples:
-  causerie quantize smollm2-135m-instruct ./my-model         a named model, calibrated on the bundled text
-  causerie quantize ./checkpoint ./my-model --act-order      usually a little better; takes the same time
-  causerie quantize ./checkpoint ./my-model --calibration chats.jsonl --max-perplexity-increase 3
-  causerie quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen --asym --group-size 32
-
-Calibration text should look like what the model will see: one JSON object a line, {"messages": [{"role", "content"},
-...]} or {"text": "..."}, or a plain .txt file. OUT/quantization_report.md says how the result compares with the source.
-vLLM loads symmetric results only."""
+SEARCH_COST = "if that misses the perplexity budget, the search for one that keeps it takes about four times as long"
 
 
 def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
-    arguments = _parse(argv)
+    arguments = parse_quantize(argv)
+    warning = act_order_warning(arguments.act_order, symmetric=arguments.sym)
+    if warning is not None:
+        print(f"causerie: warning: {warning}", file=sys.stderr)
 
-    from quant.gptq import ActOrder, GptqOptions
-    from quant.quantize_directory import QuantizeOptions
+    from quant.merge import merged_for_a_while
+    from quant.plan import plan_run
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
-    options = QuantizeOptions(
+    options = _options(arguments)
+    with _progress() as progress, contextlib.ExitStack() as stack:
+        source = prepare_source(arguments.model, cache_directory(os.environ), progress)
+        if arguments.adapter is not None:
+            merged = stack.enter_context(merged_for_a_while(source, arguments.adapter, arguments.out, progress))
+            source, options = merged.directory, replace(options, merged_from=merged.parents)
+        plan = plan_run(ServingAccess().open(source), options, arguments.out)
+        print("\n".join(plan.lines), file=sys.stdout if arguments.plan else sys.stderr)
+        if options.max_perplexity_increase is not None:
+            print(SEARCH_COST, file=sys.stdout if arguments.plan else sys.stderr)
+        if arguments.plan:
+            return 0
+        report = quantize_directory(source, arguments.out, options, progress)
+    print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
+    return 0
+
+
+def merge(argv: Sequence[str]) -> int:
+    """`causerie merge BASE ADAPTER OUT`: prints where it is; raises CheckpointError with one line."""
+    arguments = parse_merge(argv)
+
+    from quant.merge import merge_adapter
+    from serving.models import cache_directory
+    from serving.preparation import prepare_source
+
+    with _progress() as progress:
+        base = prepare_source(arguments.base, cache_directory(os.environ), progress)
+        merge_adapter(base, arguments.adapter, arguments.out, progress)
+    print(f"{arguments.out}: {base.name} with {arguments.adapter.name} merged into it")
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> QuantizeOptions:
+    from quant.gptq import ActOrder, GptqOptions
+    from quant.quantize_directory import QuantizeOptions
+
+    return QuantizeOptions(
         gptq=GptqOptions(
             bits=arguments.bits,
             group_size=arguments.group_size,
             symmetric=arguments.sym,
             act_order=ActOrder(arguments.act_order),
             damp=arguments.damp,
+            range_search=arguments.mse_search == "on",
         ),
         eight_bit=arguments.eight_bit,
         calibration=arguments.calibration,
@@ -64,11 +96,6 @@ def quantize(argv: Sequence[str]) -> int:
         seed=arguments.seed,
         max_perplexity_increase=arguments.max_perplexity_increase,
     )
-    with _progress() as progress:
-        source = prepare_source(arguments.model, cache_directory(os.environ), progress)
-        report = quantize_directory(source, arguments.out, options, progress)
-    print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
-    return 0
 
 
 def quantize_directory(source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> QuantizationReport:
@@ -134,6 +161,11 @@ class ServingAccess:
 
         return logits
 
+    def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
+        from serving.engine.decode_speed import measure_in_child
+
+        return measure_in_child(directories)
+
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The type that holds every stored tensor exactly. Where all have it, loading in it only maps the file."""
@@ -151,91 +183,6 @@ def stored_dtype(directory: Path) -> torch.dtype:
                 stored = by_name.get(file.get_slice(name).get_dtype(), torch.float32)
                 found = stored if found is None else torch.promote_types(found, stored)
     return found or torch.float32
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="causerie quantize",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory, named model (`causerie models list`) or hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must not exist, or be empty")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="bits of a weight (default: 4)")
-    parser.add_argument(
-        "--eight-bit",
-        type=_linear_names,
-        default=(),
-        metavar="NAMES",
-        help="linears that get 8 bits all the same, as in q_proj,k_proj,v_proj; ones that share an input go together",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=_group_size,
-        metavar="N",
-        help="inputs that share a scale (default: the largest of 128, 64, 32 that divides every layer's inputs; "
-        "-1: all of them)",
-    )
-    symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument(
-        "--sym", action="store_true", default=True, help="zero in the middle of the grid (default; any engine loads it)"
-    )
-    symmetry.add_argument(
-        "--asym", dest="sym", action="store_false", help="a zero point for each group; a little better, fewer engines"
-    )
-    parser.add_argument(
-        "--act-order",
-        choices=("none", "static", "shuffled"),
-        default="none",
-        help="quantise the inputs that matter most first; alone or `=static`: groups stay in order, any engine loads "
-        "it; `=shuffled`: groups follow that order, which vLLM on a CPU and llama.cpp do not load",
-    )
-    parser.add_argument(
-        "--damp", type=_positive_float, default=0.01, metavar="SHARE", help="of the mean Hessian diagonal (0.01)"
-    )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help=".jsonl or .txt instead of the bundled text")
-    parser.add_argument("--samples", type=_positive_int, default=128, metavar="N", help="calibration samples (128)")
-    parser.add_argument("--seq-len", type=_positive_int, default=512, metavar="N", help="tokens of a sample (512)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the calibration text (0)")
-    parser.add_argument(
-        "--max-perplexity-increase",
-        type=_positive_float,
-        metavar="PCT",
-        help="write nothing and exit with 1 if held-out perplexity rises by more",
-    )
-    # Alone it means static. Left to argparse, an optional value would swallow the MODEL that follows.
-    return parser.parse_args(["--act-order=static" if word == "--act-order" else word for word in argv])
-
-
-def _linear_names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is no linear of a layer; these are: {', '.join(known)}")
-    return names
-
-
-def _group_size(text: str) -> int:
-    value = int(text)
-    if value < 1 and value != -1:
-        raise argparse.ArgumentTypeError(f"{value} is neither positive nor -1 (one group over all inputs)")
-    return value
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ class KernelName(StrEnum):
     PLAIN = "plain"
     TORCH_INT4PACK = "torch_int4pack"
     NATIVE = "native_int8"  # int8 activations
+    # Plain weights rounded while they load: `quant.bitsandbytes_linear`.
+    BITSANDBYTES_NF4 = "bitsandbytes_nf4"
+    BITSANDBYTES_INT8 = "bitsandbytes_int8"
 
 
 class LinearKernel(Protocol):

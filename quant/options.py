@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quant.gptq import GptqOptions
+from quant.model_directory import Parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class QuantizeOptions:
     eight_bit:     linears that get 8 bits in every layer, such as `down_proj`, whatever the others get
     choices:       bits and group size of single linears by their full names; they come before everything else
     measures_prose: whether the second held-out text is measured too, and not only the conversations
+    measures_speed: whether the engine decodes for a few seconds on source and result
+    merged_from:   base and adapter of a source that was merged for this run only: the result's parents
     measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
                    takes no more than the rest may
     """
@@ -37,6 +40,8 @@ class QuantizeOptions:
     max_perplexity_increase: float | None = None
     choices: Mapping[str, LinearChoice] = field(default_factory=dict[str, LinearChoice])
     measures_prose: bool = True
+    measures_speed: bool = True
+    merged_from: tuple[Parent, ...] = ()
     measures_serving: bool | None = None
 
     def bits_of(self, linear: str) -> int:

@@ -300,17 +300,16 @@ def _activation_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
 
 
 def _quantize_memory(sizes: ModelSizes, options: QuantizeOptions, threads: int) -> Part:
-    """At the matrix for which it is most: the layer with codes beside its weights, a Hessian with two more of its size
-    while it is inverted, the matrix in float32 as it was and with its inputs first, and the parts being settled."""
+    """At the matrix for which it is most: the layer, whose weights give way to codes; a Hessian with two more of its
+    size while it is inverted; the matrix in float32 as it was and with its inputs first; the parts being settled."""
     copies = 3 if options.gptq.act_order is ActOrder.NONE else 4
     at_work = 0
     for linear in sizes.joined.values():
         settling = threads * SETTLING_COPIES * 4 * min(linear.weights // threads, MOST_WEIGHTS)
         at_work = max(at_work, copies * 4 * linear.inputs**2 + (2 * 4 + 3) * linear.weights + settling)
-    layer = sizes.layer_bytes + sizes.layer_weights
     extra_activations = fast_product_dtype().itemsize * options.samples * options.seq_len * sizes.hidden
     activations = _activation_bytes(sizes, options) + extra_activations
-    return Part("quantising", PROCESS_BYTES + layer + at_work + activations)
+    return Part("quantising", PROCESS_BYTES + sizes.layer_bytes + at_work + activations)
 
 
 def _held_out_tokens(options: QuantizeOptions) -> int:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from quant.budget import BudgetUnreachableError
+from quant.budget_search import BudgetSearch, FoundChoices, SearchRun, open_search
 from quant.calibration import Encoder
+from quant.compare_texts import compare_texts
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, read_json
 from quant.formats.autogptq_writer import write_checkpoint
@@ -27,7 +32,7 @@ from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, settle_group_size
-from quant.measure import PlainPaths, WindowLogits, carry_paths, compare
+from quant.measure import WindowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
     Manifest,
@@ -41,10 +46,14 @@ from quant.options import LinearChoice, QuantizeOptions
 from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
-from quant.report import QuantizationReport, TextComparison, write_report
-from quant.texts import HeldOut, RunTexts, prepare_texts
+from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
+from quant.texts import RunTexts, prepare_texts
 
 logger = logging.getLogger(__name__)
+
+# Results that are made and measured while searching for a budget, each with a lower aim than the one before.
+MAX_ATTEMPTS = 3
+_BETTER_QUALITY = "Try a smaller --group-size, --act-order, --asym, more --samples, --bits 8, or a higher limit"
 
 __all__ = ["ModelAccess", "QuantizeOptions", "peak_memory_bytes", "quantize_with"]
 
@@ -64,6 +73,21 @@ class ModelAccess(Protocol):
         """Logits on the path that serves; None where there is no such path to measure."""
         ...
 
+    def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
+        """Of the engine on each directory; None for what could not be measured."""
+        ...
+
+
+class OverBudgetError(Exception):
+    """Perplexity rose by more than was allowed. Not for the user's eyes: a search follows. `work`: what was walked."""
+
+    def __init__(self, report: QuantizationReport, limit_percent: float, work: Path) -> None:
+        increase = report.perplexity_increase_percent
+        super().__init__(f"perplexity rose by {increase:.2f} %, more than the {limit_percent:g} % allowed")
+        self.report = report
+        self.limit_percent = limit_percent
+        self.work = work
+
 
 @dataclass(frozen=True, slots=True)
 class _Run:
@@ -76,6 +100,7 @@ class _Run:
     options: QuantizeOptions
     texts: RunTexts
     progress: ProgressSink
+    started: float  # by the monotonic clock
 
     @property
     def mark(self) -> str:
@@ -100,27 +125,82 @@ def quantize_with(
     """Quantise `source` into the new directory `out`, which appears whole or not at all.
 
     A run that was interrupted goes on at the layer it had reached, if source, text and options are the same.
-    Raises QuantizationError for what cannot be done as asked, a perplexity above the limit and a full disk included;
+    Where it loses more than `max_perplexity_increase`, the linears to refine are searched for and it is made again.
+    Raises QuantizationError for what cannot be done as asked, a limit that cannot be kept and a full disk included;
     CheckpointError for a directory that cannot be used.
     """
-    started = time.monotonic()
     _refuse_unusable(source, out)
     run = _prepare(access, source, out, options, progress)
-    names = checkpoint_names(read_json(source / "config.json"))
-    with open_work(out, run.mark, names) as work:
-        _mention_other_works(out, run.mark)
-        with full_disk_named(out, work, run.layers.num_layers):
-            quantize_started = time.monotonic()
-            layers = _quantize(run, work)
-            quantize_seconds = time.monotonic() - quantize_started
-            with publish_directory(out) as directory:
-                _write(run, work, directory)
-                texts = _measure(run, layers, directory)
-                report = _report(run, layers, texts, directory, quantize_seconds, time.monotonic() - started)
-                _refuse_bad_quality(report, options.max_perplexity_increase)
-                write_report(directory, report)
-                write_manifest(directory, _manifest(run, report))
+    _mention_other_works(out, run.mark)
+    try:
+        return _quantize_once(run, out)
+    except OverBudgetError as over:
+        return _quantize_within_budget(run, out, over)
+
+
+def _quantize_once(run: _Run, out: Path, trials: tuple[BudgetTrial, ...] = ()) -> QuantizationReport:
+    """With the options as they are. OverBudgetError if perplexity rose by more than they allow; its work stays."""
+    names = checkpoint_names(read_json(run.source / "config.json"))
+    with open_work(out, run.mark, names) as work, full_disk_named(out, work, run.layers.num_layers):
+        quantize_started = time.monotonic()
+        layers = _quantize(run, work)
+        quantize_seconds = time.monotonic() - quantize_started
+        with publish_directory(out) as directory:
+            _write(run, work, directory)
+            texts = _measure(run, layers, directory)
+            report = replace(_report(run, layers, texts, directory, quantize_seconds), budget_trials=trials)
+            _refuse_bad_quality(report, work)
+            report = _with_speeds(run, report, directory)
+            write_report(directory, report)
+            write_manifest(directory, _manifest(run, report))
     return report
+
+
+def _quantize_within_budget(run: _Run, out: Path, over: OverBudgetError) -> QuantizationReport:
+    """Search which linears to refine, and quantise with them; again with a lower aim if the result misses the limit.
+
+    Trials see the plain path and a part of the text. What the whole text and the serving path add to that is taken
+    off the aim, first as it was without refinements, then as it was in the attempt before.
+    """
+    limit = over.limit_percent
+    aim, trials = limit, list[BudgetTrial]()
+    with open_search(_search_run(run, out)) as search:
+        added = over.report.perplexity_increase_percent - search.base_increase
+        for _ in range(MAX_ATTEMPTS):
+            aim = min(aim, limit - max(added, 0.0))
+            found = _find(search, aim, limit)
+            trials += [trial for trial in found.trials if trial not in trials]
+            refined = replace(run, options=replace(run.options, choices={**run.options.choices, **found.choices}))
+            try:
+                return _quantize_once(refined, out, tuple(trials))
+            except OverBudgetError as again:
+                shutil.rmtree(again.work, ignore_errors=True)
+                over = again
+                added = again.report.perplexity_increase_percent - found.increase_percent
+                # At the least a hundredth lower, so that the next search takes another mixture.
+                aim = min(aim, found.increase_percent - abs(limit) / 100)
+    raise QuantizationError(f"{over} after {MAX_ATTEMPTS} attempts; nothing was written. {_BETTER_QUALITY}")
+
+
+def _find(search: BudgetSearch, aim_percent: float, limit_percent: float) -> FoundChoices:
+    """Errors speak of the limit that the user gave, and of what the whole text and path would make of the best."""
+    try:
+        return search.find(aim_percent)
+    except BudgetUnreachableError as error:
+        best = error.best_percent + limit_percent - aim_percent
+        raise BudgetUnreachableError(limit_percent, best, error.num_refined) from error
+
+
+def _search_run(run: _Run, out: Path) -> SearchRun:
+    names = checkpoint_names(read_json(run.source / "config.json"))
+
+    def open_work_of(options: QuantizeOptions) -> AbstractContextManager[WorkDirectory]:
+        # The walk as it was asked for is done already. The others must not be in the way of a result's own.
+        target = out if options == run.options else out.with_name(f"{out.name}.search")
+        return open_work(target, replace(run, options=options).mark, names)
+
+    windows = [text.windows for text in run.texts.held_out]
+    return SearchRun(run.layers, run.texts.calibration, windows, run.options, open_work_of, run.progress)
 
 
 def peak_memory_bytes() -> int:
@@ -139,11 +219,12 @@ def _refuse_unusable(source: Path, out: Path) -> None:
 
 
 def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
+    started = time.monotonic()
     texts = prepare_texts(access.encoder(source), options)
     layers = access.open(source)
     plan = require_room(layers, options, out)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
-    return _Run(access, source, hash_directory(source), layers, settled, texts, progress)
+    return _Run(access, source, hash_directory(source), layers, settled, texts, progress, started)
 
 
 def _mention_other_works(out: Path, mark: str) -> None:
@@ -191,52 +272,15 @@ def require_same_tensors(directory: Path, layers: Sequence[Path]) -> None:
 
 def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple[TextComparison, ...]:
     """The written model against its source on every held-out text."""
-    windows = torch.cat([text.windows for text in run.texts.held_out])
     choices = {
         linear.name: LinearChoice(linear.bits, linear.group_size) for layer in layers for linear in layer.linears
     }
+    windows = torch.cat([text.windows for text in run.texts.held_out])
+    stage = "Measuring source and result"
     result = run.access.open(directory)
-    paths = carry_paths(
-        run.layers, result, choices, run.options.gptq, windows, run.progress, "Measuring source and result"
-    )
+    paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
     serve = run.access.serving_logits(directory) if run.options.measures_serving else None
-    compared: list[TextComparison] = []
-    for text, first in zip(run.texts.held_out, _first_windows(run.texts.held_out), strict=True):
-        compared.append(_compare_text(text, first, paths, serve, run.progress))
-    return tuple(compared)
-
-
-def _first_windows(texts: Sequence[HeldOut]) -> list[int]:
-    """The index of each text's first window among all windows."""
-    counts = [text.windows.shape[0] for text in texts]
-    return [sum(counts[:position]) for position in range(len(counts))]
-
-
-def _compare_text(
-    text: HeldOut, first: int, paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
-) -> TextComparison:
-    others = [
-        lambda window: paths.result.logits(first + window),
-        lambda window: paths.nearest.logits(first + window),
-    ]
-    if serve is not None:
-        others.append(lambda window: serve(text.windows[window]))
-    perplexity, agreements = compare(
-        text.windows,
-        lambda window: paths.source.logits(first + window),
-        others,
-        progress,
-        f"Comparing predictions on {text.file.name}",
-    )
-    return TextComparison(
-        name=text.file.name,
-        sha256=text.file.sha256,
-        tokens=text.windows.numel(),
-        source_perplexity=perplexity,
-        plain=agreements[0],
-        round_to_nearest=agreements[1],
-        served=agreements[2] if serve is not None else None,
-    )
+    return compare_texts(run.texts.held_out, paths, serve, run.progress)
 
 
 def _report(
@@ -245,12 +289,11 @@ def _report(
     texts: tuple[TextComparison, ...],
     directory: Path,
     quantize_seconds: float,
-    total_seconds: float,
 ) -> QuantizationReport:
     options = run.options
     assert options.gptq.group_size is not None
     return QuantizationReport(
-        source=_name(run.source),
+        source=options.merged_from[0].name if options.merged_from else _name(run.source),
         bits=options.gptq.bits,
         eight_bit=options.eight_bit,
         group_size=options.gptq.group_size,
@@ -264,20 +307,31 @@ def _report(
         source_bytes=_weight_bytes(run.source),
         quantized_bytes=_weight_bytes(directory),
         quantize_seconds=quantize_seconds,
-        total_seconds=total_seconds,
+        total_seconds=time.monotonic() - run.started,
         peak_memory_bytes=peak_memory_bytes(),
         range_search=options.gptq.range_search,
         seed=options.seed,
+        adapter=options.merged_from[1].name if options.merged_from else None,
+        budget_percent=options.max_perplexity_increase,
     )
 
 
-def _refuse_bad_quality(report: QuantizationReport, limit: float | None) -> None:
-    increase = report.perplexity_increase_percent
-    if limit is not None and not increase <= limit:
-        raise QuantizationError(
-            f"perplexity rose by {increase:.2f} %, more than the {limit:g} % allowed; nothing was written. "
-            "Try a smaller --group-size, --act-order, --asym, more --samples, or --bits 8"
-        )
+def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
+    # An engine holds a whole model, so this has no room where measuring the serving path has none.
+    if not run.options.measures_speed or not run.options.measures_serving:
+        return report
+    stage = "Measuring how fast it decodes"
+    run.progress.update(stage, 0, 1)
+    before, after = run.access.decode_speeds([run.source, directory])
+    run.progress.update(stage, 1, 1)
+    total_seconds = time.monotonic() - run.started
+    return replace(report, source_speed=before, quantized_speed=after, total_seconds=total_seconds)
+
+
+def _refuse_bad_quality(report: QuantizationReport, work: WorkDirectory) -> None:
+    limit = report.budget_percent
+    if limit is not None and not report.perplexity_increase_percent <= limit:
+        raise OverBudgetError(report, limit, work.path)
 
 
 def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
@@ -302,7 +356,7 @@ def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
     }
     return Manifest(
         stage="quantize",
-        parents=(Parent(_name(run.source), run.source_sha256),),
+        parents=options.merged_from or (Parent(_name(run.source), run.source_sha256),),
         data=run.texts.files,
         config=config,
         seed=options.seed,

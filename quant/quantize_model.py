@@ -101,8 +101,16 @@ def quantize_layers(
 
 def embed_in_batches(embed: Callable[[Tensor], Tensor], calibration: Tensor, dtype: torch.dtype) -> Tensor:
     """(samples, tokens) ids -> (samples, tokens, hidden) in `dtype`."""
-    batches = calibration.split(_batch_samples(calibration.shape[1]))
-    return torch.cat([embed(ids).to(dtype) for ids in batches])
+    embedded: Tensor | None = None
+    step = _batch_samples(calibration.shape[1])
+    for start in range(0, calibration.shape[0], step):
+        batch = embed(calibration[start : start + step])
+        # In place from the start: batches stacked at the end would leave as much memory again with the allocator.
+        if embedded is None:
+            embedded = torch.empty((*calibration.shape, batch.shape[-1]), dtype=dtype)
+        embedded[start : start + step] = batch
+    assert embedded is not None
+    return embedded
 
 
 def _batch_samples(tokens: int) -> int:

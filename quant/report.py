@@ -1,26 +1,24 @@
 """The quality report beside the weights: `quantization_report.json` for programs, `.md` to read, `.png` to look at.
 
-`quant.quantize_directory` fills it in; `causerie serve` reads the summary of any version back with `read_summary`.
+`quant.quantize_directory` fills it in; `quant.report_summary` reads the summary of any version back.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
-from quant.errors import CheckpointError
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
 from quant.quantize_model import LayerReport
+from quant.report_summary import REPORT_JSON, summary_of
 
 logger = logging.getLogger(__name__)
 
-REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
 REPORT_PLOT = "quantization_report.png"
 # 1 had one held-out text, and none of the fields that describe a text, the baseline, the speed and the head.
@@ -156,7 +154,7 @@ class QuantizationReport:
     @property
     def summary(self) -> str:
         """One line: what it is, and what it cost."""
-        return _summary_of(self.as_record()).line
+        return summary_of(self.as_record()).line
 
     def as_record(self) -> dict[str, object]:
         """What the JSON file holds. The first text stands at the top level too, where version 1 had its only one."""
@@ -175,14 +173,6 @@ class QuantizationReport:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ReportSummary:
-    """What a server wants to know of a report: one line to show, and the worst top-1 agreement, 0 to 1."""
-
-    line: str
-    top1_agreement: float
-
-
 def write_report(directory: Path, report: QuantizationReport) -> None:
     """JSON, Markdown and, where matplotlib is installed, the picture."""
     from quant.report_plot import is_plot_possible, write_plot
@@ -196,45 +186,3 @@ def write_report(directory: Path, report: QuantizationReport) -> None:
         logger.info("report_without_picture reason=matplotlib_is_not_installed")
     text = as_markdown(report, picture=REPORT_PLOT if has_plot else None)
     (directory / REPORT_MARKDOWN).write_text(text, encoding="utf-8")
-
-
-def read_summary(directory: Path) -> ReportSummary | None:
-    """Of a report of any version; None where there is none. CheckpointError if there is one that cannot be read."""
-    path = directory / REPORT_JSON
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise TypeError(f"it holds {type(record).__name__}")
-        return _summary_of(cast("Mapping[str, object]", record))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is not a quantisation report ({error}); quantise the model again, or delete the file"
-        ) from error
-
-
-def _summary_of(record: Mapping[str, object]) -> ReportSummary:
-    """From the JSON file's content. Raises TypeError, ValueError or KeyError where it is not what a report holds."""
-    paths = [cast("Mapping[str, object]", record[name]) for name in ("plain", "served") if record.get(name)]
-    worst = max(paths, key=lambda path: _number(path["perplexity"]))
-    # Version 1 has no figures over all texts: it had one.
-    top1 = _number(record.get("top1_agreement", min(_number(path["top1_agreement"]) for path in paths)))
-    mean_kl = _number(record.get("mean_kl", max(_number(path["mean_kl"]) for path in paths)))
-    if not 0 <= top1 <= 1:
-        raise ValueError(f"top1_agreement is {top1}, expected 0 to 1")
-    line = (
-        f"{record['bits']} bits, group size {record['group_size']}, "
-        f"{'symmetric' if record['symmetric'] else 'asymmetric'}, {_number(record['quantized_bytes']) / 1e6:,.0f} MB "
-        f"(source {_number(record['source_bytes']) / 1e6:,.0f} MB): "
-        f"perplexity {_number(record['source_perplexity']):.3f} -> {_number(worst['perplexity']):.3f} "
-        f"({_number(record['perplexity_increase_percent']):+.2f} %), top-1 agreement {top1:.1%}, "
-        f"mean KL {mean_kl:.4f} nats"
-    )
-    return ReportSummary(line, top1)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"found {value!r} where a number belongs")
-    return float(value)

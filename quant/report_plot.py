@@ -47,13 +47,16 @@ def _draw_errors(axes: Axes, report: QuantizationReport) -> None:
         values = [max(100 * linear.error, LEAST_ERROR_PERCENT) for linear in linears]
         indices = [layer.index for layer in report.layers]
         (line,) = axes.plot(indices, values, marker="o", ms=3, lw=1.2, label=name)
-        refined = [place for place, linear in enumerate(linears) if linear.bits != report.bits]
+        usual = (report.bits, report.group_size)
+        refined = [place for place, linear in enumerate(linears) if (linear.bits, linear.group_size) != usual]
         hollow = {"facecolors": "white", "edgecolors": line.get_color(), "zorder": 3, "s": 26}
         axes.scatter([indices[place] for place in refined], [values[place] for place in refined], **hollow)
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the outputs (% of their squared norm)")
-    axes.set_title(f"error of each linear; hollow: other than {report.bits} bits", fontsize=9, loc="left")
+    axes.set_title(
+        f"error of each linear; hollow: not {report.bits} bits, group {report.group_size}", fontsize=9, loc="left"
+    )
     axes.grid(visible=True, which="major", alpha=0.3)
     if report.layers:
         axes.legend(fontsize=7, ncols=2)

@@ -103,6 +103,8 @@ def _loader_table(report: QuantizationReport) -> list[str]:
 
 def _budget_table(report: QuantizationReport) -> list[str]:
     assert report.budget_percent is not None
+    if not report.budget_trials:
+        return [f"At most {report.budget_percent:g} % more perplexity was allowed: kept without refining any linear."]
     return [
         f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first:",
         "",

@@ -19,6 +19,7 @@ from quant.calibration import (
     encode_rows,
     held_out_windows,
     load_rows,
+    refuse_overlap,
 )
 from quant.model_directory import DataFile
 from quant.options import QuantizeOptions
@@ -51,16 +52,18 @@ class RunTexts:
 
 
 def prepare_texts(encode: Encoder, options: QuantizeOptions) -> RunTexts:
-    """Raises QuantizationError for calibration text that is too short or cannot be read."""
+    """Raises QuantizationError for calibration text that is too short, cannot be read, or holds held-out text."""
+    names = (BUNDLED_HELD_OUT, BUNDLED_PROSE) if options.measures_prose else (BUNDLED_HELD_OUT,)
     if options.calibration is None:
         rows = bundled_rows(BUNDLED_CALIBRATION)
         calibration_file = _bundled_record(BUNDLED_CALIBRATION, rows)
     else:
         rows = load_rows(options.calibration)
+        for name in names:
+            refuse_overlap(rows, bundled_rows(name), str(options.calibration), name)
         digest = hashlib.sha256(options.calibration.read_bytes()).hexdigest()
         calibration_file = DataFile(options.calibration.name, digest, len(rows))
     ids = encode_rows(rows, encode, options.seed)
-    names = (BUNDLED_HELD_OUT, BUNDLED_PROSE) if options.measures_prose else (BUNDLED_HELD_OUT,)
     return RunTexts(
         calibration=calibration_windows(ids, options.samples, options.seq_len),
         calibration_file=calibration_file,

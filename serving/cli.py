@@ -28,6 +28,7 @@ Command: TypeAlias = Callable[[Sequence[str]], int]
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("serving.commands:serve", "chat page and OpenAI-compatible API for one model"),
     "quantize": ("quant.commands:quantize", "write a 4-bit GPTQ directory of a model, with a quality report"),
+    "merge": ("quant.commands:merge", "write a plain model directory of a base model and a peft LoRA adapter"),
     "moderate": ("moderation.commands:moderate", "judge texts with the classifier that guards the server"),
     "moderation report": ("moderation.commands:report", "how good that classifier is: curves, tables and model card"),
     "train moderation": ("moderation.commands:train_moderation", "train that classifier from its sources"),

@@ -20,6 +20,9 @@ examples:
   causerie serve --model qwen2.5-0.5b-instruct         another one of `causerie models list`
   causerie serve --model causerie-tiny                 the small model of our own, which comes with causerie
   causerie serve --model ./my-model --port 9000        a directory that `causerie quantize` wrote
+  causerie serve --model ./my-model --min-top1-agreement 95%
+                                                       not if its report says that fewer tokens agree
+  causerie serve --model ./checkpoint --load-in nf4    rounded while loading, by bitsandbytes; slow on a CPU
   CAUSERIE_API_KEY=secret causerie serve --host 0.0.0.0 --allowed-hosts chat.example.org
 
 Each setting can also stand in the TOML file, or in the environment: --kv-memory is CAUSERIE_KV_MEMORY.
@@ -91,12 +94,13 @@ def _read_serve_arguments(argv: Sequence[str]) -> LoadedConfig | None:
     for setting in settings():
         table = setting.key.rpartition(".")[0]
         group = groups.setdefault(table, parser.add_argument_group(table) if table not in groups else groups[table])
-        default = "" if setting.default in (None, ()) else f" (default: {setting.shown_default})"
+        default = "" if setting.default in (None, ()) or setting.is_switch else f" (default: {setting.shown_default})"
+        about = (setting.help + default).replace("%", "%%")  # argparse fills in percent signs
         if setting.is_switch:
             action = argparse.BooleanOptionalAction
-            group.add_argument(setting.flag, dest=setting.key, action=action, help=setting.help)
+            group.add_argument(setting.flag, dest=setting.key, action=action, help=about)
         else:
-            group.add_argument(setting.flag, dest=setting.key, metavar=setting.metavar, help=setting.help + default)
+            group.add_argument(setting.flag, dest=setting.key, metavar=setting.metavar, help=about)
     arguments = vars(parser.parse_args(argv))
     config_file, print_config = arguments.pop("config"), arguments.pop("print_config")
     loaded = load_config(arguments, os.environ, Path(config_file) if config_file is not None else None)

@@ -28,6 +28,7 @@ from serving.setting_values import (
     numbers_by_name,
     optional,
     path,
+    share,
     size,
     text,
 )
@@ -62,6 +63,7 @@ Preset: TypeAlias = Literal["strict", "balanced", "lenient", "none"]
 Fail: TypeAlias = Literal["closed", "open"]
 Speculative: TypeAlias = Literal["off", "prompt-lookup"]
 KVCacheDtype: TypeAlias = Literal["bfloat16", "int8"]
+LoadIn: TypeAlias = Literal["nf4", "int8"]
 # What may have a threshold of its own: OpenAI's categories, and what the classifier knows besides.
 _SCORED_NAMES = (*(category.value for category in Category), "jailbreak")
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -187,6 +189,20 @@ class ServeConfig(_Checked):
     exact: bool = field(
         default=False,
         metadata=_about(boolean, "plain path: dequantised fp32 weights, each sequence by itself; slow, reproducible"),
+    )
+    load_in: LoadIn | None = field(
+        default=None,
+        metadata=_about(
+            optional(choice("nf4", "int8")),
+            "round the source's weights with bitsandbytes while loading instead of serving it as GPTQ; slow on a CPU",
+        ),
+    )
+    min_top1_agreement: float | None = field(
+        default=None,
+        metadata=_about(
+            optional(share),
+            "refuse a model that agrees with its source on fewer tokens, by its quantisation report: 0.95 or 95%",
+        ),
     )
     prefix_cache: bool = field(
         default=True,
@@ -340,6 +356,7 @@ def load_config(
     api_key, api_key_origin = _read_api_key(config, environ)
     _refuse_open_door(config, api_key)
     _refuse_rounded_cache(config)
+    _refuse_rounded_weights(config)
     return LoadedConfig(config, origins, api_key, api_key_origin)
 
 
@@ -456,6 +473,18 @@ def _refuse_rounded_cache(config: ServeConfig) -> None:
         raise ConfigError(
             "exact rounds nothing and keeps keys and values in float32, which kv_cache_dtype = int8 would round; "
             "leave one of them out"
+        )
+
+
+def _refuse_rounded_weights(config: ServeConfig) -> None:
+    if config.load_in is not None and config.exact:
+        raise ConfigError(
+            f"exact rounds nothing, and load_in = {config.load_in} rounds the weights; leave one of them out"
+        )
+    if config.load_in is not None and config.min_top1_agreement is not None:
+        raise ConfigError(
+            f"load_in = {config.load_in} rounds weights that no report has measured, so min_top1_agreement = "
+            f"{config.min_top1_agreement:g} cannot be checked; leave one of them out"
         )
 
 

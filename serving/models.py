@@ -286,6 +286,16 @@ def model_state(cache: Path, reference: ModelReference) -> ModelState:
     return "downloaded" if is_published(folder / "source") else "not downloaded"
 
 
+def refuse_quantized(directory: Path) -> Path:
+    """`directory`, if it holds plain weights. Raises CheckpointError if it is quantised already."""
+    if is_quantized(directory):
+        raise CheckpointError(
+            f"{directory} is quantised already, and load_in rounds plain weights; leave --load-in out, or give the "
+            "directory of its source"
+        )
+    return directory
+
+
 def is_quantized(directory: Path) -> bool:
     """Whether config.json says that the weights are quantised already; which formats load is the loader's business."""
     try:

@@ -38,6 +38,7 @@ from serving.models import (
     is_quantized,
     model_folder,
     prepared_directory,
+    refuse_quantized,
     resolve,
 )
 
@@ -83,6 +84,12 @@ def prepare_source(model: str, cache: Path, progress: ProgressSink) -> Path:
     with lock_folder(folder, progress):
         remove_leftovers(folder)
         return _obtain_source(reference, folder, progress)
+
+
+def _prepare_plain(model: str, cache: Path, progress: ProgressSink) -> Path:
+    directory = refuse_quantized(prepare_source(model, cache, progress))
+    check_supported(directory)
+    return directory
 
 
 def _make_folder(folder: Path) -> Path:
@@ -146,12 +153,12 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
         act_order=ActOrder.STATIC if recipe.act_order else ActOrder.NONE,
     )
     # A first start is waited for: one held-out text is enough.
-    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False)
+    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False, measures_speed=False)
     quantize_directory(source, target, asked, progress)
 
 
 class _Interruption(BaseException):
-    """Raised by a signal, so that everything temporary is removed on the way out."""
+    """Raised by a signal, so that temporary files are removed on the way out; quantised layers stay for next time."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -168,7 +175,9 @@ def main(arguments: Sequence[str]) -> int:
     """0 ready, 1 failed, 2 misuse, 128 + n stopped by signal n."""
     parser = argparse.ArgumentParser(prog="python -m serving.preparation", description=__doc__)
     parser.add_argument("model", help="a name, a directory or a hub id")
-    model = parser.parse_args(arguments).model
+    parser.add_argument("--plain", action="store_true", help="only fetch the source weights, and do not quantise them")
+    parsed = parser.parse_args(arguments)
+    model = parsed.model
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -176,7 +185,8 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        directory = prepare_model(model, cache_directory(os.environ), JsonLinesProgress(sys.stdout))
+        prepare = _prepare_plain if parsed.plain else prepare_model
+        directory = prepare(model, cache_directory(os.environ), JsonLinesProgress(sys.stdout))
     except _Interruption as interruption:
         return 128 + interruption.signum
     except BrokenPipeError:

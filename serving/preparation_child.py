@@ -16,9 +16,17 @@ from quant.errors import CheckpointError
 from quant.progress import ProgressSink
 from serving.child_process import child_environment, python_command
 from serving.model_sources import SourceUnavailableError
-from serving.models import cache_directory, is_published, is_quantized, model_folder, prepared_directory, resolve
+from serving.models import (
+    cache_directory,
+    is_published,
+    is_quantized,
+    model_folder,
+    prepared_directory,
+    refuse_quantized,
+    resolve,
+)
 
-__all__ = ["find_prepared", "prepare_in_child"]
+__all__ = ["find_prepared", "find_source", "prepare_in_child"]
 
 _STOP_TIMEOUT_S = 10.0
 _LINE_LIMIT_BYTES = 1024 * 1024
@@ -44,13 +52,22 @@ def find_prepared(model: str) -> Path | None:
     return prepared if is_published(prepared) else None
 
 
-async def prepare_in_child(model: str, progress: ProgressSink) -> Path:
-    """Returns the directory to serve. Cancelling it stops the child.
+def find_source(model: str) -> Path | None:
+    """The directory of the plain weights, if it need not be fetched. Raises CheckpointError if it is quantised."""
+    reference = resolve(model)
+    source = reference.directory or model_folder(cache_directory(os.environ), reference) / "source"
+    if reference.directory is None and not is_published(source):
+        return None
+    return refuse_quantized(source)
+
+
+async def prepare_in_child(model: str, progress: ProgressSink, *, is_plain: bool = False) -> Path:
+    """Returns the directory to serve, or with `is_plain` that of the source weights. Cancelling it stops the child.
 
     Raises CheckpointError with the child's reason; SourceUnavailableError where the weights could not be fetched.
     """
     child = await asyncio.create_subprocess_exec(
-        *python_command("serving.preparation", model),
+        *python_command("serving.preparation", *(("--plain",) if is_plain else ()), model),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE_LIMIT_BYTES,

@@ -46,7 +46,8 @@ from serving.log import configure_logging
 from serving.metrics import Metrics
 from serving.model_sources import SourceUnavailableError
 from serving.models import RELEASED_MODEL, resolve
-from serving.preparation_child import find_prepared, prepare_in_child
+from serving.preparation_child import find_prepared, find_source, prepare_in_child
+from serving.quality_limit import check_quality
 
 if TYPE_CHECKING:
     import uvicorn
@@ -125,6 +126,8 @@ class Server:
     async def _bring_up(self) -> None:
         """Prepared model, engine, tokenizer: after this, requests are answered."""
         model, directory = await model_to_serve(self._loaded, self._prepared_directory)
+        summary = await asyncio.to_thread(check_quality, directory, self._config.min_top1_agreement)
+        self._announce_quality(summary)
         model_id, texts = await self._start_engine(model, directory)
         assert self._engine.max_context is not None
         self._readiness.model = texts.served_as(model_id, self._engine.max_context)
@@ -134,13 +137,14 @@ class Server:
         self._announce_ready(self._readiness.model)
 
     async def _prepared_directory(self, model: str) -> Path:
-        found = await asyncio.to_thread(find_prepared, model)
+        is_plain = self._config.load_in is not None
+        found = await asyncio.to_thread(find_source if is_plain else find_prepared, model)
         if found is not None:
             return found
         self._readiness.preparation = Preparation(stage="Starting")
         with contextlib.ExitStack() as stack:
             shown: ProgressSink = stack.enter_context(BarProgress()) if sys.stderr.isatty() else LineProgress()
-            return await prepare_in_child(model, _ProgressToPage(self._readiness, shown))
+            return await prepare_in_child(model, _ProgressToPage(self._readiness, shown), is_plain=is_plain)
 
     async def _start_engine(self, model: str, directory: Path):  # noqa: ANN202 - the type is imported late
         def load_texts():  # noqa: ANN202
@@ -211,6 +215,13 @@ class Server:
     def _announce_addresses(self) -> None:
         print(f"chat page  {self._url}/\nAPI        {self._url}/v1", flush=True)
 
+    def _announce_quality(self, summary: str | None) -> None:
+        load_in = self._config.load_in
+        if load_in is not None:
+            print(f"weights rounded to {load_in} while loading; what that costs was not measured", flush=True)
+        elif summary is not None:
+            print(f"quantised: {summary}", flush=True)
+
     def _announce_ready(self, model: ServedModel) -> None:
         seconds = time.monotonic() - self._started
         print(f"ready after {seconds:.1f} s: {model.model_id}, context {model.max_context:,} tokens", flush=True)
@@ -237,6 +248,7 @@ def engine_settings(config: ServeConfig) -> EngineSettings:
         prefix_cache=config.prefix_cache,
         prompt_lookup=config.speculative == "prompt-lookup",
         int8_kv=config.kv_cache_dtype == "int8",
+        load_in=config.load_in,
         max_running=config.limits.max_running,
         max_waiting=config.limits.max_waiting,
         max_step_tokens=config.prefill_chunk_tokens,
@@ -302,7 +314,8 @@ async def model_to_serve(loaded: LoadedConfig, prepare: Callable[[str], Awaitabl
         return model, await prepare(model)
     except SourceUnavailableError as unavailable:
         released = None
-        if loaded.origins["model"] == DEFAULT_ORIGIN:
+        # What comes with the installation is quantised: it cannot be rounded another way.
+        if loaded.origins["model"] == DEFAULT_ORIGIN and loaded.config.load_in is None:
             released = await asyncio.to_thread(_find_released)
         if released is None:
             raise

@@ -23,6 +23,7 @@ __all__ = [
     "optional",
     "path",
     "read_size",
+    "share",
     "size",
     "text",
 ]
@@ -77,6 +78,17 @@ def number(low: float, high: float, *, ends_allowed: bool = True) -> Reader[floa
         return value
 
     return read
+
+
+def share(raw: object) -> float:
+    """Of a whole: a number from 0 to 1, or a percentage with its sign."""
+    is_percentage = isinstance(raw, str) and raw.strip().endswith("%")
+    value = _as_float(raw.strip().removesuffix("%")) if isinstance(raw, str) else _as_float(raw)
+    if value is not None and is_percentage:
+        value /= 100
+    if value is None or not 0 <= value <= 1:
+        raise ValueError("a share from 0 to 1, or a percentage such as 95%")
+    return value
 
 
 def size(low: int) -> Reader[int]:

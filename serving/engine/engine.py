@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant.bitsandbytes_linear import LoadIn
 from quant.errors import CheckpointError
 from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
@@ -438,11 +439,12 @@ def load_engine(
     prefix_cache: bool = True,
     prompt_lookup: bool = False,
     int8_kv: bool = False,
+    load_in: LoadIn | None = None,
 ) -> Engine:
     """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
     tokenizer = ModelTokenizer.load(directory)
     decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
-    model = prepare(decoder, exact=exact)
+    model = prepare(decoder, exact=exact, load_in=load_in)
     del decoder
     _return_freed_memory()
     return Engine(

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from quant.bitsandbytes_linear import LoadIn, announce_bitsandbytes, build_bitsandbytes_kernel, load_in_of
 from quant.errors import CheckpointError
 from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import (
@@ -91,11 +92,16 @@ class PreparedModel:
         return {name: (width, linear.kernel.in_features) for linear in fused for name, width in linear.parts}
 
 
-def prepare(decoder: Decoder, *, exact: bool, native: bool = True) -> PreparedModel:
+def prepare(decoder: Decoder, *, exact: bool, native: bool = True, load_in: LoadIn | None = None) -> PreparedModel:
     """Prepare a decoder for inference. Its tensors are not changed; embeddings and head may be shared.
 
-    native: whether activations may be rounded to int8 for the native kernels, where the machine has them.
+    native:  whether activations may be rounded to int8 for the native kernels, where the machine has them
+    load_in: round the plain linears of the layers with bitsandbytes. CheckpointError where one is quantised already
     """
+    if load_in is not None:
+        _refuse_quantized(decoder, load_in)
+        announce_bitsandbytes(load_in)
+        return _prepare(decoder, load_in.kernel_name, torch.bfloat16, is_exact=False)
     if exact:
         return _prepare(decoder, KernelName.PLAIN, torch.float32, is_exact=True)
     return _prepare(decoder, probe_kernel(rounds_activations=native), torch.bfloat16, is_exact=False)
@@ -186,7 +192,17 @@ def _fuse(linears: Sequence[nn.Module], kernel_name: KernelName, dtype: torch.dt
     if len(matrices) == len(linears) and have_equal_groups(matrices):
         return build_kernel(concat_rows(matrices), bias, kernel_name, plain_dtype=dtype)
     weights = [_plain_weight(linear, dtype) for linear in linears]
+    if (load_in := load_in_of(kernel_name)) is not None:
+        return build_bitsandbytes_kernel(torch.cat(weights), bias, load_in)
     return DenseKernel(torch.cat(weights), None if bias is None else bias.to(dtype))
+
+
+def _refuse_quantized(decoder: Decoder, load_in: LoadIn) -> None:
+    if any(isinstance(module, QuantizedLinear) for module in decoder.modules()):
+        raise CheckpointError(
+            f"the model is quantised already, and load_in = {load_in.value} rounds plain weights; "
+            "leave load_in out, or give the directory of the source weights"
+        )
 
 
 def _plain_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

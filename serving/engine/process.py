@@ -185,6 +185,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
     """The real engine. torch is imported here, after the thread settings are in the environment."""
     import torch
 
+    from quant.bitsandbytes_linear import LoadIn
     from serving.engine.engine import EngineLimits, load_engine
 
     num_threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
@@ -205,6 +206,7 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
         prefix_cache=settings.prefix_cache,
         prompt_lookup=settings.prompt_lookup,
         int8_kv=settings.int8_kv,
+        load_in=None if settings.load_in is None else LoadIn(settings.load_in),
     )
     torch.set_num_threads(num_threads)
     return engine

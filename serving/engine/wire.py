@@ -39,6 +39,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     prompt_lookup: bool = False
     int8_kv: bool = False
+    load_in: Literal["nf4", "int8"] | None = None
     max_running: int = 64
     max_waiting: int = 256
     max_step_tokens: int = 256

@@ -28,7 +28,7 @@ def test_the_common_format_is_loaded_by_every_tool() -> None:
         ({"act_order": "shuffled"}, {"vLLM (CPU build)", "llama.cpp, Ollama"}),
         ({"bits": frozenset({4, 8})}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
         ({"group_sizes": frozenset({128, 32})}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
-        ({"group_sizes": frozenset({-1})}, set()),
+        ({"group_sizes": frozenset({-1})}, {"vLLM (CPU build)"}),
         ({"group_sizes": frozenset({48})}, {"llama.cpp, Ollama"}),
         ({"head_bits": 8}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
         ({"embedding_bits": 4}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),

@@ -14,16 +14,15 @@ from quant.measure import Agreement
 from quant.model_directory import DataFile
 from quant.quantize_model import LayerReport, LinearReport
 from quant.report import (
-    REPORT_JSON,
     REPORT_MARKDOWN,
     REPORT_PLOT,
     BudgetTrial,
     DecodeSpeed,
     QuantizationReport,
     TextComparison,
-    read_summary,
     write_report,
 )
+from quant.report_summary import REPORT_JSON, read_summary
 from quant.report_text import as_markdown
 
 pytestmark = pytest.mark.unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from quant.calibration import Encoder, Row
 from quant.layer_source import LayerSource
 from quant.measure import WindowLogits
+from quant.report import DecodeSpeed
 from serving.model.layer_source import DirectoryLayers
 from serving.model.spec import spec_from_config
 from serving.model.transformer import Decoder
@@ -31,13 +33,21 @@ CONFIG: dict[str, object] = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
-NUM_LINEARS = 14
 PALM: dict[str, object] = {
     "architectures": ["CohereForCausalLM"],
     "model_type": "cohere",
     "num_key_value_heads": 1,
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.125,
+}
+
+# Neither has a gate. Their checkpoints hold queries, keys and values as one linear.
+BLOOM: dict[str, object] = {"architectures": ["BloomForCausalLM"], "model_type": "bloom"}
+GPT_NEOX: dict[str, object] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
 }
 
 
@@ -93,3 +103,8 @@ class TinyAccess:
             return None
         decoder = load_decoder(directory, dtype=torch.bfloat16)
         return lambda ids: decoder(ids[None])[0]
+
+    def decode_speeds(self, directories: Sequence[Path]) -> list[DecodeSpeed | None]:
+        return [
+            DecodeSpeed(0.5, 100.0 * place, 1) if self._serves else None for place in range(1, len(directories) + 1)
+        ]

@@ -82,6 +82,10 @@ def test_variables_of_others_are_left_alone() -> None:
         ("limits.max_waiting", "0", "a whole number from 1 up"),
         ("model", " ", "a text that is not empty"),
         ("log_format", "xml", "one of text, json"),
+        ("load_in", "int4", "one of nf4, int8"),
+        ("min_top1_agreement", "95", "a share from 0 to 1, or a percentage such as 95%"),
+        ("min_top1_agreement", "101%", "a percentage such as 95%"),
+        ("min_top1_agreement", "nan%", "a percentage such as 95%"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_was_given_and_what_is_allowed(key: str, raw: str, allowed: str) -> None:
@@ -145,6 +149,18 @@ def test_a_host_others_can_reach_needs_a_key(host: str, tmp_path: Path) -> None:
     key_file = tmp_path / "key"
     key_file.write_text("from-file\n", encoding="utf-8")
     assert load_config({"host": host, "api_key_file": str(key_file)}, {}).api_key == "from-file"
+
+
+@pytest.mark.parametrize("raw", ["0.95", "95%", " 95 % "])
+def test_a_share_is_a_number_or_a_percentage(raw: str) -> None:
+    assert load_config({"min_top1_agreement": raw}, {}).config.min_top1_agreement == pytest.approx(0.95)
+
+
+def test_weights_rounded_while_loading_fit_neither_exact_nor_a_limit() -> None:
+    with pytest.raises(ConfigError, match="load_in = nf4 rounds the weights; leave one of them out"):
+        load_config({"load_in": "nf4", "exact": True}, {})
+    with pytest.raises(ConfigError, match=r"min_top1_agreement = 0\.9 cannot be checked"):
+        load_config({"load_in": "int8"}, {"CAUSERIE_MIN_TOP1_AGREEMENT": "90%"})
 
 
 def test_an_exact_server_refuses_a_rounded_cache() -> None:

@@ -13,7 +13,7 @@ from quant.model_directory import Manifest, write_manifest
 from serving import preparation_child
 from serving.model_sources import SourceUnavailableError
 from serving.models import model_folder, prepared_directory, resolve
-from serving.preparation_child import find_prepared, prepare_in_child
+from serving.preparation_child import find_prepared, find_source, prepare_in_child
 
 pytestmark = pytest.mark.unit
 
@@ -103,3 +103,27 @@ def test_a_prepared_model_is_found_without_a_child(monkeypatch: pytest.MonkeyPat
 def test_a_quantised_directory_is_served_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {}}', encoding="utf-8")
     assert find_prepared(str(tmp_path)) == tmp_path
+
+
+def test_plain_weights_that_are_there_need_no_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAUSERIE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text("{}")
+    assert find_source(str(tmp_path)) == tmp_path
+    model = "smollm2-135m-instruct"
+    assert find_source(model) is None
+    source = model_folder(tmp_path / "cache", resolve(model)) / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    write_manifest(source, Manifest(stage="source"))
+    assert find_source(model) == source
+
+
+def test_a_quantised_directory_has_no_plain_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    with pytest.raises(CheckpointError, match="quantised already, and load_in rounds plain weights"):
+        find_source(str(tmp_path))
+
+
+async def test_plain_weights_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_preparation(monkeypatch, """import sys; print('{"ready": "' + ' '.join(sys.argv[1:]) + '"}')""")
+    assert await prepare_in_child("m", Recorded(), is_plain=True) == Path("--plain m")

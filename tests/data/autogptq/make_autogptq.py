@@ -19,6 +19,7 @@ import auto_gptq.modeling._utils as utils
 import torch
 from auto_gptq import BaseQuantizeConfig
 from auto_gptq.modeling.llama import LlamaGPTQForCausalLM
+from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +39,7 @@ def tiny_model() -> LlamaForCausalLM:
         vocab_size=96,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -48,6 +49,7 @@ def tiny_model() -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
+    model.config.architectures = [type(model).__name__]  # as every model has that was loaded from a directory
     return model.to(torch.float32).eval()
 
 
@@ -60,9 +62,21 @@ def write(name: str, config: BaseQuantizeConfig) -> None:
     model.save_quantized(str(target))
     for path in target.glob("gptq_model-*.safetensors"):
         path.rename(target / "model.safetensors")
+    multiply_on_the_processor(model.model, config)
     with torch.no_grad():
         logits = model.model.to(torch.float32)(ids[:2]).logits
     save_file({"ids": ids[:2].contiguous(), "logits": logits.float().contiguous()}, target / "expected.safetensors")
+
+
+def multiply_on_the_processor(model: LlamaForCausalLM, config: BaseQuantizeConfig) -> None:
+    """Its packed linears are for a GPU's kernels: the same tensors in its linear that multiplies with torch."""
+    for name, packed in list(model.named_modules()):
+        if hasattr(packed, "qweight"):
+            linear = QuantLinear(config.bits, config.group_size, packed.infeatures, packed.outfeatures, bias=False)
+            for part in ("qweight", "qzeros", "scales", "g_idx"):
+                setattr(linear, part, getattr(packed, part))
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
 
 
 def main() -> None:

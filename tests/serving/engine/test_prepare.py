@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
+from torch import nn
 
-from quant.int4_linear import KernelName, probe_kernel, relative_error
+from quant.bitsandbytes_linear import LoadIn
+from quant.errors import CheckpointError
+from quant.gptq import GptqOptions, round_to_nearest
+from quant.int4_linear import KernelName, QuantizedLinear, probe_kernel, relative_error
 from quant.native.linear import is_native_right
-from serving.engine.prepare import INT8_HEAD_MAX_ROWS, FastHead, NativeHead
+from serving.engine.logits import serving_logits
+from serving.engine.prepare import INT8_HEAD_MAX_ROWS, FastHead, NativeHead, prepare
+from tests.serving.engine.tiny import make_decoder, prompt_of
 
 pytestmark = pytest.mark.unit
 
@@ -41,3 +49,23 @@ def test_native_head_gives_the_same_logits_to_rounding(num_rows: int, vocab_size
     expected = hidden.to(torch.float32) @ weight.to(torch.float32).t()
     assert relative_error(NativeHead(weight, 32)(hidden), expected) < 0.012
     assert relative_error(NativeHead(weight.roll(1, dims=0), 32)(hidden), expected) > 0.012
+
+
+@pytest.mark.parametrize(("load_in", "allowed"), [(LoadIn.NF4, 0.25), (LoadIn.INT8, 0.05)])
+def test_weights_rounded_while_loading_predict_about_what_the_plain_ones_do(load_in: LoadIn, allowed: float) -> None:
+    decoder = make_decoder()
+    ids = torch.tensor(prompt_of(24))
+    prepared = prepare(decoder, exact=False, load_in=load_in)
+    assert prepared.kernel_name is load_in.kernel_name
+    expected = serving_logits(prepare(decoder, exact=True), ids)
+    error = relative_error(serving_logits(prepared, ids), expected)
+    assert 0 < error < allowed
+
+
+def test_a_quantised_model_is_not_rounded_again_while_loading() -> None:
+    decoder = make_decoder()
+    linear = decoder.get_submodule("model.layers.0.mlp.down_proj")
+    matrix = round_to_nearest(cast("nn.Linear", linear).weight, GptqOptions(group_size=16))
+    decoder.get_submodule("model.layers.0.mlp").down_proj = QuantizedLinear(matrix)
+    with pytest.raises(CheckpointError, match="quantised already, and load_in = nf4 rounds plain weights"):
+        prepare(decoder, exact=False, load_in=LoadIn.NF4)
