@@ -79,10 +79,10 @@ def test_a_result_that_misses_the_limit_is_made_again_with_a_lower_aim(
     def refuse_twice(report: QuantizationReport, work: WorkDirectory) -> None:
         num_refined.append(sum(linear.bits == 8 for layer in report.layers for linear in layer.linears))
         if len(num_refined) <= 2:
-            raise OverBudgetError(report, 0.6, work.path)
+            raise OverBudgetError(report, 0.2, work.path)
 
     monkeypatch.setattr(quantize_directory, "_refuse_bad_quality", refuse_twice)
-    quantize(write_source(tmp_path / "source"), tmp_path / "out", 0.6)
+    quantize(write_source(tmp_path / "source"), tmp_path / "out", 0.2)
     assert len(num_refined) == 3
     assert 0 == num_refined[0] < num_refined[1] < num_refined[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -28,7 +28,7 @@ from quant.quantize_directory import quantize_with
 from quant.quantize_model import CalibrationWalk, quantize_layers
 from serving.model.layer_source import DirectoryLayers
 from serving.model.weights import load_decoder
-from tests.quant.tiny_models import PALM, TinyAccess, write_source
+from tests.quant.tiny_models import BLOOM, GPT_NEOX, PALM, TinyAccess, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -51,9 +51,9 @@ def works(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.partial-*"))
 
 
-@pytest.mark.parametrize("form", [{}, PALM], ids=["sequential", "parallel"])
+@pytest.mark.parametrize("form", [{}, PALM, BLOOM, GPT_NEOX], ids=["llama", "palm", "bloom", "gpt_neox"])
 def test_from_disk_come_the_codes_that_the_model_in_memory_gets(tmp_path: Path, form: dict[str, object]) -> None:
-    source = write_source(tmp_path / "source", **form)
+    source = write_source(tmp_path / "source", torch.float16, **form)
     quantize(source, tmp_path / "out")
     decoder = load_decoder(source)
     encode = TinyAccess().encoder(source)

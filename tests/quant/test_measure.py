@@ -14,12 +14,16 @@ from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from serving.model.layer_source import DirectoryLayers
 from serving.model.weights import load_decoder
-from tests.quant.tiny_models import PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
+from tests.quant.tiny_models import BLOOM, GPT_NEOX, PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
 
 pytestmark = pytest.mark.unit
 
 
-FORMS = pytest.mark.parametrize("form", [{}, PALM, {"tie_word_embeddings": False}], ids=["llama", "palm", "untied"])
+FORMS = pytest.mark.parametrize(
+    "form",
+    [{}, PALM, {"tie_word_embeddings": False}, BLOOM, GPT_NEOX],
+    ids=["llama", "palm", "untied", "bloom", "gpt_neox"],
+)
 GRID = GptqOptions(group_size=32)
 
 
@@ -38,7 +42,7 @@ def carry(source: Path, result: Path, windows: Tensor, bits: int = 4) -> PlainPa
 def test_plain_path_is_the_models_own_forward_in_float32_whatever_is_stored(
     tmp_path: Path, form: dict[str, object]
 ) -> None:
-    source = write_source(tmp_path / "source", **form)
+    source = write_source(tmp_path / "source", torch.float16, **form)
     windows = tiny_ids(5, 16)
     paths = carry(source, source, windows)
     expected = load_decoder(source)(windows)

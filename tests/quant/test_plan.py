@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant import texts
 from quant.errors import QuantizationError
@@ -99,10 +100,14 @@ def test_too_little_disk_is_refused_with_another_place_to_go() -> None:
         refuse_if_too_large(LARGE, OPTIONS, replace(ROOMY, free_disk_bytes=10**9))
 
 
+def no_layer(layers: DirectoryLayers, index: int) -> torch.nn.Module:
+    pytest.fail(f"layer {index} was read")
+
+
 def test_a_run_that_does_not_fit_stops_before_it_reads_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "source")
     monkeypatch.setattr("quant.plan.free_memory_bytes", lambda: 10**8)
-    monkeypatch.setattr(DirectoryLayers, "layer", lambda *_: pytest.fail("a layer was read"))
+    monkeypatch.setattr(DirectoryLayers, "layer", no_layer)
     with pytest.raises(QuantizationError, match=r"(100|95) MB"):
         quantize_with(TinyAccess(), source, tmp_path / "out", QuantizeOptions(samples=8, seq_len=64), SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -115,7 +120,7 @@ def test_disk_is_planned_as_it_is_used(
     monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 64)
     monkeypatch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
     monkeypatch.setattr("quant.report_plot.is_plot_possible", lambda: False)
-    source = write_source(tmp_path / "source", **form)
+    source = write_source(tmp_path / "source", torch.float16, **form)
     options = QuantizeOptions(samples=8, seq_len=64, gptq=GptqOptions(group_size=32))
     planned = make_plan(sizes_of(DirectoryLayers(source)), options, ROOMY)
     quantize_with(TinyAccess(serves=False), source, tmp_path / "out", options, SilentProgress())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, CohereConfig, CohereForCausalLM, GPTNeoXConfig
-from transformers import GPTNeoXForCausalLM as NeoXForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 
 from quant import texts
 from quant.errors import CheckpointError, QuantizationError
@@ -52,6 +59,11 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "gpt_neox": NEOX,
     "gpt_neox_sequential": {**NEOX, "use_parallel_residual": False},
 }
+REFERENCES: Mapping[str, Callable[[dict[str, object]], PreTrainedModel]] = {
+    "bloom": lambda values: BloomForCausalLM(BloomConfig.from_dict(values)),
+    "gpt_neox": lambda values: GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(values)),
+    "cohere": lambda values: CohereForCausalLM(CohereConfig.from_dict(values)),
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -84,13 +96,7 @@ def logits_of_transformers(directory: Path) -> Tensor:
     config = {key: value for key, value in read_json(directory / "config.json").items() if "quantization" not in key}
     # In memory transformers calls this head otherwise than in files.
     state = {key.replace("embed_out", "lm_head"): tensor for key, tensor in state.items()}
-    kinds = {
-        "bloom": (BloomConfig, BloomForCausalLM),
-        "gpt_neox": (GPTNeoXConfig, NeoXForCausalLM),
-        "cohere": (CohereConfig, CohereForCausalLM),
-    }
-    config_class, model_class = kinds[str(config["model_type"])]
-    model = model_class(config_class.from_dict({**config, "dtype": "float32", "torch_dtype": "float32"})).eval()
+    model = REFERENCES[str(config["model_type"])]({**config, "dtype": "float32", "torch_dtype": "float32"}).eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}

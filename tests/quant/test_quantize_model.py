@@ -15,7 +15,7 @@ from quant.options import LinearChoice
 from quant.progress import SilentProgress
 from quant.quantize_model import LayerReport, quantize_layers
 from serving.model.transformer import Decoder, DecoderLayer
-from tests.quant.tiny_models import NUM_LINEARS, PALM, tiny_decoder, tiny_ids
+from tests.quant.tiny_models import BLOOM, GPT_NEOX, PALM, tiny_decoder, tiny_ids
 
 pytestmark = pytest.mark.unit
 
@@ -38,16 +38,19 @@ def layer_of(decoder: Decoder, index: int) -> DecoderLayer:
     return cast("DecoderLayer", decoder.layers[index])
 
 
-FORMS = pytest.mark.parametrize("form", [{}, PALM], ids=["sequential", "parallel"])
+FORMS = pytest.mark.parametrize(
+    "form", [{}, PALM, BLOOM, GPT_NEOX], ids=["sequential", "parallel", "ungated", "parallel_own_norm"]
+)
 
 
 @FORMS
 def test_every_linear_of_every_layer_is_replaced_and_reported(form: dict[str, object]) -> None:
     decoder = tiny_decoder(**form)
+    linears = [module for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
     reports = walk(decoder, tiny_ids(8, 64))
     quantized = [name for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)]
     assert sorted(linear.name for report in reports for linear in report.linears) == sorted(quantized)
-    assert len(quantized) == NUM_LINEARS
+    assert len(quantized) == len(linears)
     assert not any(isinstance(module, nn.Linear) for module in decoder.layers.modules())
 
 

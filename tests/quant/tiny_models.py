@@ -33,13 +33,21 @@ CONFIG: dict[str, object] = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
-NUM_LINEARS = 14
 PALM: dict[str, object] = {
     "architectures": ["CohereForCausalLM"],
     "model_type": "cohere",
     "num_key_value_heads": 1,
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.125,
+}
+
+# Neither has a gate. Their checkpoints hold queries, keys and values as one linear.
+BLOOM: dict[str, object] = {"architectures": ["BloomForCausalLM"], "model_type": "bloom"}
+GPT_NEOX: dict[str, object] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
 }
 
 
