@@ -12,18 +12,18 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from quant.budget import BudgetUnreachableError
 from quant.budget_search import BudgetSearch, FoundChoices, SearchRun, open_search
 from quant.calibration import Encoder
+from quant.compare_texts import compare_texts
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, read_json
 from quant.formats.autogptq_writer import write_checkpoint
@@ -32,7 +32,7 @@ from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, settle_group_size
-from quant.measure import PlainPaths, WindowLogits, carry_paths, compare
+from quant.measure import WindowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
     Manifest,
@@ -47,7 +47,7 @@ from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
 from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
-from quant.texts import HeldOut, RunTexts, prepare_texts
+from quant.texts import RunTexts, prepare_texts
 
 logger = logging.getLogger(__name__)
 
@@ -272,52 +272,15 @@ def require_same_tensors(directory: Path, layers: Sequence[Path]) -> None:
 
 def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple[TextComparison, ...]:
     """The written model against its source on every held-out text."""
-    windows = torch.cat([text.windows for text in run.texts.held_out])
     choices = {
         linear.name: LinearChoice(linear.bits, linear.group_size) for layer in layers for linear in layer.linears
     }
+    windows = torch.cat([text.windows for text in run.texts.held_out])
+    stage = "Measuring source and result"
     result = run.access.open(directory)
-    paths = carry_paths(
-        run.layers, result, choices, run.options.gptq, windows, run.progress, "Measuring source and result"
-    )
+    paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
     serve = run.access.serving_logits(directory) if run.options.measures_serving else None
-    compared: list[TextComparison] = []
-    for text, first in zip(run.texts.held_out, _first_windows(run.texts.held_out), strict=True):
-        compared.append(_compare_text(text, first, paths, serve, run.progress))
-    return tuple(compared)
-
-
-def _first_windows(texts: Sequence[HeldOut]) -> list[int]:
-    """The index of each text's first window among all windows."""
-    counts = [text.windows.shape[0] for text in texts]
-    return [sum(counts[:position]) for position in range(len(counts))]
-
-
-def _compare_text(
-    text: HeldOut, first: int, paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
-) -> TextComparison:
-    others: list[Callable[[int], Tensor]] = [
-        lambda window: paths.result.logits(first + window),
-        lambda window: paths.nearest.logits(first + window),
-    ]
-    if serve is not None:
-        others.append(lambda window: serve(text.windows[window]))
-    perplexity, agreements = compare(
-        text.windows,
-        lambda window: paths.source.logits(first + window),
-        others,
-        progress,
-        f"Comparing predictions on {text.file.name}",
-    )
-    return TextComparison(
-        name=text.file.name,
-        sha256=text.file.sha256,
-        tokens=text.windows.numel(),
-        source_perplexity=perplexity,
-        plain=agreements[0],
-        round_to_nearest=agreements[1],
-        served=agreements[2] if serve is not None else None,
-    )
+    return compare_texts(run.texts.held_out, paths, serve, run.progress)
 
 
 def _report(

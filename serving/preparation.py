@@ -158,7 +158,7 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
 
 
 class _Interruption(BaseException):
-    """Raised by a signal, so that everything temporary is removed on the way out."""
+    """Raised by a signal, so that temporary files are removed on the way out; quantised layers stay for next time."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

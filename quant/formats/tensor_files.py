@@ -66,6 +66,20 @@ class TensorFile:
         shape = (last - first, *stored.shape[1:])
         return self._read(name, stored.start + first * row_bytes, stored.start + last * row_bytes, shape)
 
+    def gather(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Single rows of the first dimension, in the order given; nothing else is read."""
+        stored = self.tensors[name]
+        row_bytes = (stored.end - stored.start) // max(stored.shape[0], 1)
+        tensor = torch.empty((len(rows), *stored.shape[1:]), dtype=self.dtype(name))
+        found = 0
+        with self.path.open("rb", buffering=0) as file:
+            for row, into in zip(rows, tensor.view(torch.uint8).flatten(1).numpy(), strict=True):
+                file.seek(stored.start + row * row_bytes)
+                found += file.readinto(into.data) or 0
+        if found != len(rows) * row_bytes:
+            raise CheckpointError(f"{self.path} ended while {name} was read; was it changed meanwhile?")
+        return tensor
+
     def _read(self, name: str, start: int, end: int, shape: Sequence[int]) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=self.dtype(name))
         if end > start:

@@ -94,7 +94,7 @@ class DirectoryLayers:
         """Only those rows of the embeddings are read that occur."""
         place = self._place(_EMBEDDING)
         occurring, position = ids.unique(return_inverse=True)
-        rows = torch.cat([place.file.rows(place.stored, row, row + 1) for row in cast("list[int]", occurring.tolist())])
+        rows = place.file.gather(place.stored, cast("list[int]", occurring.tolist()))
         self._ends.model.embed_tokens.weight = nn.Parameter(rows.to(torch.float32), requires_grad=False)
         return self._ends.embed(position)
 

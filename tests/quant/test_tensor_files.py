@@ -44,6 +44,8 @@ def test_what_the_library_writes_is_read_whole_and_by_rows(tmp_path: Path) -> No
     for name, tensor in tensors.items():
         assert torch.equal(file.read(name), tensor)
     assert torch.equal(file.rows("half", 1, 3), tensors["half"][1:3])
+    assert torch.equal(file.gather("half", [2, 0, 2]), tensors["half"][[2, 0, 2]])
+    assert file.gather("wide", []).shape == (0, 5)
     assert file.metadata == {"format": "pt"}
 
 
