@@ -85,7 +85,7 @@ GPTQMODEL_CASES: Mapping[str, Mapping[str, object]] = {
     "4bit-sym-32": {"bits": 4, "group_size": 32, "sym": True, "desc_act": False},
     "4bit-asym-32": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False},
     "8bit-sym-128": {"bits": 8, "group_size": 128, "sym": True, "desc_act": False},
-    "4bit-sym-row": {"bits": 4, "group_size": -1, "sym": True, "desc_act": False},
+    "4bit-sym-row": {"bits": 4, "group_size": -1, "sym": True, "desc_act": False, "act_group_aware": False},
     "desc-act": {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "act_group_aware": False},
     "version-2": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "format": "gptq_v2"},
 }
@@ -151,7 +151,9 @@ def ask(python: Path, kind: str, folder: Path, task: Mapping[str, object]) -> No
     path.write_text(json.dumps({"results": str(folder), "ids": IDS.tolist(), **task}), encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     environment = {**kept, **VLLM_SETTINGS, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([python, WORKER, kind, path], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [python, WORKER, kind, path], capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
