@@ -124,7 +124,7 @@ def test_act_order_helps_where_a_few_late_inputs_matter_most() -> None:
 def test_static_act_order_is_plain_gptq_on_groups_sorted_by_importance() -> None:
     weight, hessian = case()
     options = GptqOptions(group_size=32, act_order=ActOrder.STATIC, refine_sweeps=0)
-    importance = hessian.diagonal().tolist()
+    importance: list[float] = hessian.diagonal().tolist()
     groups = [sorted(range(first, first + 32), key=lambda i: -importance[i]) for first in range(0, 128, 32)]
     groups.sort(key=lambda group: -sum(importance[i] for i in group))
     order = [column for group in groups for column in group]

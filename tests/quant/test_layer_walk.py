@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
 import json
 import shutil
@@ -15,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import layer_files, layer_walk, quantize_directory, texts
+from quant import layer_files, quantize_directory, texts
 from quant.calibration import Row
 from quant.errors import QuantizationError
 from quant.formats import autogptq_writer, tensor_files
+from quant.formats.checkpoint_names import CheckpointNames
 from quant.gptq import GptqOptions
 from quant.int4_linear import QuantizedLinear
-from quant.layer_files import work_path
+from quant.layer_files import open_work
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
@@ -261,14 +261,13 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_runs_for_one_result_at_once_are_refused(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_walk, "embed_in_batches", stop)
-        with pytest.raises(StoppedError):
-            quantize(source, tmp_path / "out")
-    (work,) = works(tmp_path)
-    assert work == work_path(tmp_path / "out", work.name.rpartition("-")[2])
-    with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(QuantizationError, match="another process is making"):
-            quantize(source, tmp_path / "out")
+    names = CheckpointNames()
+    with open_work(tmp_path / "out", "a" * 64, names):
+        with (
+            pytest.raises(QuantizationError, match="another process is making"),
+            open_work(tmp_path / "out", "a" * 64, names),
+        ):
+            pytest.fail("both got in")
+        with open_work(tmp_path / "out", "b" * 64, names):
+            assert len(works(tmp_path)) == 2
+    assert works(tmp_path) == []

@@ -8,7 +8,7 @@ in the files is what its own code computed: quantiser, packing, saving, and the 
 """
 
 # auto-gptq is not installed where types are checked.
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
