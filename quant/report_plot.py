@@ -49,8 +49,14 @@ def _draw_errors(axes: Axes, report: QuantizationReport) -> None:
         (line,) = axes.plot(indices, values, marker="o", ms=3, lw=1.2, label=name)
         usual = (report.bits, report.group_size)
         refined = [place for place, linear in enumerate(linears) if (linear.bits, linear.group_size) != usual]
-        hollow = {"facecolors": "white", "edgecolors": line.get_color(), "zorder": 3, "s": 26}
-        axes.scatter([indices[place] for place in refined], [values[place] for place in refined], **hollow)
+        axes.scatter(
+            [indices[place] for place in refined],
+            [values[place] for place in refined],
+            s=26,
+            facecolors="white",
+            edgecolors=line.get_color(),
+            zorder=3,
+        )
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the outputs (% of their squared norm)")

@@ -10,10 +10,6 @@ import pytest
 WORK_VARIABLE = "CAUSERIE_INTEROP"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interop: other quantisers and engines in environments of their own")
-
-
 @pytest.fixture(scope="session")
 def gptqmodel() -> Path:
     return _environment("gptqmodel")

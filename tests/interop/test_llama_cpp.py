@@ -21,7 +21,7 @@ from serving.model.weights import load_decoder
 from tests.quant.test_export import LLAMA3_SCALING, QWEN2, QWEN3, write_gptq, write_plain
 from tests.quant.tiny_models import PALM
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.interop]
 
 NUM_TOKENS = 96
 TEXT = "hello 42,\nwell. a hell of a 7"

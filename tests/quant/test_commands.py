@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,12 @@ FEW = ("--samples", "8", "--seq-len", "64")
 def short_held_out_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 512)
     monkeypatch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
+
     # Two engines in a process of their own take seconds.
-    monkeypatch.setattr(ServingAccess, "decode_speeds", lambda _self, directories: [None for _ in directories])
+    def no_speeds(_access: ServingAccess, directories: Sequence[Path]) -> list[None]:
+        return [None for _ in directories]
+
+    monkeypatch.setattr(ServingAccess, "decode_speeds", no_speeds)
     monkeypatch.setenv("CAUSERIE_CACHE", str(tmp_path / "cache"))
 
 
