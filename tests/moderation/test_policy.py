@@ -37,13 +37,12 @@ def test_windows_cover_every_character_in_order(text: str, first: int, second: i
         assert windows == []
         return
     assert all(len(window) <= options.window_chars for window in windows)
-    joined, position = "", 0
+    num_covered = 0
     for window in windows:
-        start = text.index(window, max(0, position - options.window_chars + 1)) if joined else 0
-        assert start <= len(joined)
-        joined = text[: max(len(joined), start + len(window))]
-        position = start + 1
-    assert joined == text
+        start = text.rfind(window, 0, num_covered + len(window))  # no later than what is covered ends
+        assert start >= 0
+        num_covered = max(num_covered, start + len(window))
+    assert num_covered == len(text)
 
 
 def test_a_phrase_of_half_a_window_lies_whole_in_some_window_wherever_it_stands() -> None:
