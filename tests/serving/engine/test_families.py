@@ -49,7 +49,10 @@ def greedy_ids(engine: Engine, prompts: list[list[int]], count: int) -> list[lis
     return [tokens(events, str(index)) for index in range(len(prompts))]
 
 
-@pytest.mark.parametrize("name", ["bloom", "bloom_eight_heads", "gpt_neox", "gpt_neox_sequential", "gpt_neox_unbiased"])
+FAMILIES = ("palm", "cohere", "bloom", "bloom_eight_heads", "gpt_neox", "gpt_neox_sequential", "gpt_neox_unbiased")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("chunk_tokens", [256, 7, 1])
 def test_prefill_and_decode_give_the_logits_of_transformers(name: str, chunk_tokens: int, tmp_path: Path) -> None:
     reference = build_model(name)

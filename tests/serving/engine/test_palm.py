@@ -1,9 +1,8 @@
-"""PaLM models (transformers' Cohere) in the engine, against transformers' own logits and the plain decoder."""
+"""PaLM models (Cohere) in the engine, against the plain decoder; test_families.py has the logits of transformers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from serving.engine.logits import serving_logits
 from serving.engine.prepare import prepare
 from serving.engine.requests import GenerateRequest, PoolEvent, PoolRequest, SamplingParams, TokenEvent
 from serving.model.transformer import Decoder
-from serving.model.weights import load_decoder
 from tests.serving.engine.tiny import PALM_SPEC, make_decoder, prompt_of
-from tests.serving.model.checkpoints import build_model, random_ids, save_model
 
 pytestmark = pytest.mark.unit
 
@@ -51,20 +48,6 @@ def greedy_ids(engine: Engine, prompts: list[list[int]], count: int) -> list[lis
             assert isinstance(event, TokenEvent)
             found[int(event.request_id)] += event.token_ids
     return found
-
-
-@pytest.mark.parametrize("name", ["palm", "cohere"])
-@pytest.mark.parametrize("chunk_tokens", [256, 7, 1])
-def test_prefill_and_decode_give_the_logits_of_transformers(name: str, chunk_tokens: int, tmp_path: Path) -> None:
-    reference = build_model(name)
-    save_model(reference, tmp_path)
-    ids = random_ids(batch=1)[0]
-    with torch.no_grad():
-        expected = reference(ids.unsqueeze(0)).logits[0]
-
-    found = serving_logits(prepare(load_decoder(tmp_path), exact=True), ids, chunk_tokens=chunk_tokens)
-
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_sequences_decoded_together_share_one_key_head_and_nothing_else() -> None:
