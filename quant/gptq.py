@@ -170,7 +170,7 @@ def quantize_matrix(
     if tuple(hessian.shape) != (in_features, in_features):
         raise ValueError(f"the Hessian must be ({in_features}, {in_features}); found {tuple(hessian.shape)}")
     weight = weight.detach()
-    hessian = hessian.to(torch.float32)
+    hessian = hessian.to(torch.float32).contiguous()
     if not is_finite(weight) or not is_finite(hessian):
         raise QuantizationError("the weight or its calibration inputs hold values that are not finite")
     order = _order_of_inputs(hessian.diagonal(), group_size, options.act_order)

@@ -15,11 +15,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from quant.carriers import carrier_of, carry_faster
 from quant.errors import QuantizationError
 from quant.gptq import GptqOptions, HessianSum, choose_group_size, is_finite, quantize_matrix, relative_error
 from quant.int4_linear import QuantizedLinear
 from quant.matrix import split_rows
-from quant.native.attention import faster_attention
 from quant.options import LinearChoice
 from quant.progress import ProgressSink
 
@@ -178,7 +178,7 @@ class CalibrationWalk:
     def pass_through(self, index: int, layer: nn.Module) -> None:
         """Carry the activations through a layer that is quantised already; its plain parameters change their type."""
         layer.to(self._hidden.dtype)
-        _use_faster_attention(layer)
+        carry_faster(layer, self._hidden.dtype)
         for hidden in self._batches():
             hidden.copy_(layer(hidden, self._cos, self._sin))
         self._require_finite_activations(f"model.layers.{index}")
@@ -230,7 +230,8 @@ class CalibrationWalk:
     ) -> dict[str, tuple[QuantizedLinear, LinearReport]]:
         """Rows do not influence each other, so linears of one input and one choice go through as one matrix."""
         sizes = [linear.out_features for linear in linears.values()]
-        weights = torch.cat([linear.weight.detach() for linear in linears.values()])
+        several = [linear.weight.detach() for linear in linears.values()]
+        weights = torch.cat(several) if len(several) > 1 else several[0]
         options = replace(self._options, bits=choice.bits, group_size=choice.group_size)
         result = quantize_matrix(weights, hessian, options)
         made: dict[str, tuple[QuantizedLinear, LinearReport]] = {}
@@ -252,7 +253,8 @@ class _LayerInWork:
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._layer = layer
         self._copy = _copy_without_linears(layer).to(dtype)
-        _use_faster_attention(self._copy)
+        carry_faster(self._copy, dtype)
+        self._dtype = dtype
         own_norm = getattr(layer, "post_attention_layernorm", None)
         self.is_parallel = bool(getattr(layer, "is_parallel", own_norm is None))
         self.shares_norm = own_norm is None
@@ -268,8 +270,8 @@ class _LayerInWork:
         return {name: _linear(owner, name) for name in names}
 
     def replace(self, block: str, name: str, linear: QuantizedLinear) -> None:
-        for layer in (self._layer, self._copy):
-            setattr(_child(layer, block), name, linear)
+        setattr(_child(self._layer, block), name, linear)
+        setattr(_child(self._copy, block), name, carrier_of(linear, self._dtype))
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return _child(self._copy, "input_layernorm")(hidden)
@@ -314,13 +316,6 @@ def _copy_without_linears(layer: nn.Module) -> nn.Module:
         id(module): nn.Identity() for module in layer.modules() if isinstance(module, nn.Linear)
     }
     return copy.deepcopy(layer, stand_ins)
-
-
-def _use_faster_attention(layer: nn.Module) -> None:
-    for module in layer.modules():
-        plain = getattr(module, "attend", None)
-        if plain is not None:
-            module.attend = faster_attention(plain)
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

@@ -81,6 +81,20 @@ def test_reported_error_is_that_of_real_outputs(options: GptqOptions) -> None:
     assert result.error == pytest.approx(float((found - exact).square().sum() / exact.square().sum()), rel=1e-2)
 
 
+@pytest.mark.parametrize("act_order", ActOrder)
+def test_the_hessian_is_as_it_was_afterwards(act_order: ActOrder) -> None:
+    weight, hessian = case()
+    before = hessian.clone()
+    quantize_matrix(weight, hessian, GptqOptions(group_size=32, act_order=act_order))
+    assert torch.equal(hessian, before)
+    hopeless = torch.eye(128) + 100.0 * torch.eye(128).flip(0)
+    hopeless[5, 5] = 3.0  # first in any order but the natural
+    before = hopeless.clone()
+    with pytest.raises(QuantizationError, match="calibration text"):
+        quantize_matrix(weight, hopeless, GptqOptions(group_size=32, act_order=act_order))
+    assert torch.equal(hopeless, before)
+
+
 def plain_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions, damp: float) -> Tensor:
     """One column at a time over the whole matrix, as the paper states it: the twin of the blocked version."""
     assert options.group_size is not None
