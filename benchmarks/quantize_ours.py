@@ -8,12 +8,17 @@ The same task as `quantize_peer.py`. The last line is JSON: seconds by stage.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
+    from quant.threads import wait_without_spinning_long
+
+    wait_without_spinning_long(os.environ)  # as `causerie quantize` does
+
     import torch
     from safetensors.torch import load_file
 

@@ -7,12 +7,20 @@ layers by name; `quant.quantize_model` calls this.
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor, nn
 
 from quant.int4_linear import QuantizedLinear
-from quant.native.attention import faster_attention
+from quant.native.attention import Attend, faster_attention
 from quant.native.linear import NativeLinear, is_native_right, why_not_native
+
+
+class _Attending(Protocol):
+    """`serving.model.transformer.Attention` is one."""
+
+    attend: Attend
 
 
 class CarryingLinear(nn.Module):
@@ -43,7 +51,7 @@ def carry_faster(layer: nn.Module, dtype: torch.dtype) -> None:
     for module in list(layer.modules()):
         plain = getattr(module, "attend", None)
         if plain is not None:
-            module.attend = faster_attention(plain)
+            cast("_Attending", module).attend = faster_attention(plain)
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):
                 setattr(module, name, carrier_of(child, dtype))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.command_line import act_order_warning, parse_merge, parse_quantize
+from quant.threads import wait_without_spinning_long
 
 if TYPE_CHECKING:
     import argparse
@@ -35,6 +36,7 @@ SEARCH_COST = "if that misses the perplexity budget, the search for one that kee
 def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
     arguments = parse_quantize(argv)
+    wait_without_spinning_long(os.environ)
     warning = act_order_warning(arguments.act_order, symmetric=arguments.sym)
     if warning is not None:
         print(f"causerie: warning: {warning}", file=sys.stderr)

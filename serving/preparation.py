@@ -23,6 +23,7 @@ from typing import Final, NoReturn
 from quant.errors import CheckpointError, QuantizationError
 from quant.model_directory import remove_leftovers
 from quant.progress import JsonLinesProgress, ProgressSink
+from quant.threads import wait_without_spinning_long
 from serving.model_sources import (
     SourceUnavailableError,
     check_supported,
@@ -187,6 +188,7 @@ def main(arguments: Sequence[str]) -> int:
     # The bytes are watched by us, and nothing but the files themselves is asked of the hub.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    wait_without_spinning_long(os.environ)
     try:
         prepare = _prepare_plain if parsed.plain else prepare_model
         directory = prepare(model, cache_directory(os.environ), JsonLinesProgress(sys.stdout))
