@@ -1,80 +1,37 @@
 """A peft LoRA adapter merged into its base model: W + scale * B @ A, tensor by tensor, from files to files.
 
-Reads `adapter_config.json` and `adapter_model.safetensors` itself, without peft; what it cannot merge exactly as peft
-would is refused by name. `merge_adapter` writes a whole model directory; the maths is `merged_weight`.
+`merge_adapter` writes a whole model directory; the maths is `merged_weight`. Reading the adapter is up to `quant.lora`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import gptq_settings
+from quant.lora import Adapter, LowRank, open_safetensors, read_adapter, refuse_not_finite
 from quant.model_directory import (
     Manifest,
     Parent,
     hash_directory,
-    hash_file,
     publish_directory,
     read_manifest,
     write_manifest,
 )
 from quant.progress import ProgressSink
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-PREFIX = "base_model.model."
-# Options that change what a low-rank update means, and what each is called; all of them off is plain LoRA.
-_REFUSED_OPTIONS = {
-    "use_dora": "DoRA, which also scales each row",
-    "use_qalora": "QALoRA, which pools its inputs",
-    "lora_bias": "LoRA with biases of its own",
-    "layer_replication": "an adapter that repeats layers",
-    "target_parameters": "LoRA on single parameters",
-    "trainable_token_indices": "an adapter with retrained tokens",
-    "arrow_config": "routing between adapters (Arrow)",
-    "alora_invocation_tokens": "activated LoRA, which only works unmerged",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
-# These change the base's weights before training starts, so that the adapter only fits the changed ones.
-_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE_STAGE = "Merging the adapter"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """What `adapter_config.json` says that merging needs. The patterns give single modules another rank or alpha."""
-
-    rank: int
-    alpha: float
-    is_rank_stabilised: bool
-    fan_in_fan_out: bool
-    rank_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-
-    def scale_of(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank) where rank-stabilised (arXiv:2312.03732). module: its full name."""
-        rank = _of_pattern(self.rank_pattern, module, self.rank)
-        alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
-        return alpha / (rank**0.5 if self.is_rank_stabilised else rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +40,6 @@ class Merged:
 
     directory: Path
     parents: tuple[Parent, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """An update of one weight: `down` (rank, in) is peft's A, `up` (out, rank) its B."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """Everything by the name of the base model's tensor: low-rank updates, and tensors that take its place whole."""
-
-    name: str
-    sha256: str
-    updates: Mapping[str, LowRank]
-    replacements: Mapping[str, Tensor]
-    fan_in_fan_out: bool = False
-
-    @property
-    def names(self) -> set[str]:
-        return {*self.updates, *self.replacements}
 
 
 def merged_weight(weight: Tensor, update: LowRank, *, fan_in_fan_out: bool = False) -> Tensor:
@@ -160,92 +93,6 @@ def merged_for_a_while(base: Path, adapter: Path, beside: Path, progress: Progre
         yield Merged(directory, manifest.parents)
 
 
-def read_adapter(directory: Path) -> Adapter:
-    """Raises CheckpointError for what is no LoRA adapter in safetensors, naming the method or file that it found."""
-    config = read_lora_config(directory)
-    path = directory / ADAPTER_WEIGHTS
-    if not path.is_file():
-        pickled = [file.name for file in directory.glob("adapter_model.*") if file.suffix in (".bin", ".pt")]
-        hint = f"; {pickled[0]} is pickled, which is never read: save the adapter as safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has no {ADAPTER_WEIGHTS}{hint}")
-    low_rank: dict[str, dict[str, Tensor]] = {}
-    replacements: dict[str, Tensor] = {}
-    for name, tensor in _read_all(path).items():
-        _refuse_not_finite(path, name, tensor)
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
-        if found is not None:
-            low_rank.setdefault(found[1], {})[found[2]] = tensor
-        elif name.startswith(PREFIX) and ".lora_" not in name:
-            replacements[name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")] = tensor
-        else:
-            kind = "LoRA on embeddings" if "lora_embedding" in name else "no low-rank update of a linear"
-            raise CheckpointError(f"{path}: {name} is {kind}, which cannot be merged; train the adapter without it")
-    updates = {f"{module}.weight": _low_rank(path, module, parts, config) for module, parts in low_rank.items()}
-    if not updates and not replacements:
-        raise CheckpointError(f"{path} holds no tensors")
-    return Adapter(directory.absolute().name, hash_file(path), updates, replacements, config.fan_in_fan_out)
-
-
-def read_lora_config(directory: Path) -> LoraConfig:
-    """Raises CheckpointError for a file that is absent or broken, and for a method that is not plain LoRA."""
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a peft adapter: it has no {ADAPTER_CONFIG}")
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(parsed).__name__}; expected an object")
-    record = cast("Mapping[str, object]", parsed)
-    if record.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is of the kind {record.get('peft_type')!r}; only LORA can be merged")
-    for option, what in _REFUSED_OPTIONS.items():
-        if record.get(option):
-            raise CheckpointError(f"{path}: {option} is set: {what}; only plain LoRA can be merged. Merge it with peft")
-    start = record.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_REFUSED_STARTS):
-        raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base's weights too; merge it with peft"
-        )
-    if record.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias is {record['bias']!r}; only adapters with bias = 'none' can be merged")
-    return LoraConfig(
-        rank=int(_positive(record, "r", path)),
-        alpha=_positive(record, "lora_alpha", path),
-        is_rank_stabilised=bool(record.get("use_rslora")),
-        fan_in_fan_out=bool(record.get("fan_in_fan_out")),
-        rank_pattern=_pattern(record, "rank_pattern", path),
-        alpha_pattern=_pattern(record, "alpha_pattern", path),
-    )
-
-
-def _low_rank(path: Path, module: str, parts: Mapping[str, Tensor], config: LoraConfig) -> LowRank:
-    if set(parts) != {"A", "B"}:
-        missing = "B" if "A" in parts else "A"
-        raise CheckpointError(f"{path}: {module} has no lora_{missing}; the file is not complete")
-    down, up = parts["A"], parts["B"]
-    rank = int(_of_pattern(config.rank_pattern, module, config.rank))
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != rank or up.shape[1] != rank:
-        raise CheckpointError(
-            f"{path}: {module} has A {tuple(down.shape)} and B {tuple(up.shape)}; rank {rank} makes them "
-            f"({rank}, inputs) and (outputs, {rank})"
-        )
-    return LowRank(down, up, config.scale_of(module))
-
-
-def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """peft's rule: the first key that is the end of the module's name, as a regular expression after a dot."""
-    for key, value in pattern.items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise CheckpointError(f"{ADAPTER_CONFIG}: {key!r} is not a pattern of module names: {error}") from error
-        if found is not None:
-            return value
-    return default
-
-
 def _refuse_unusable(base: Path, out: Path) -> None:
     if not (base / CONFIG_FILE).is_file():
         raise CheckpointError(f"{base} is not a model directory: it has no {CONFIG_FILE}")
@@ -278,7 +125,7 @@ def _refuse_untying(adapter: Adapter, names: set[str], base: Path) -> None:
 
 def _merge_file(source: Path, names: Sequence[str], adapter: Adapter, target: Path) -> None:
     tensors: dict[str, Tensor] = {}
-    with _open(source) as file:
+    with open_safetensors(source) as file:
         for name in names:
             tensors[name] = _merged(name, file.get_tensor(name), adapter)
     save_file(tensors, target, metadata={"format": "pt"})
@@ -299,7 +146,7 @@ def _merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
         merged = merged_weight(weight, update, fan_in_fan_out=adapter.fan_in_fan_out)
     except ValueError as error:
         raise CheckpointError(f"the adapter {adapter.name} does not fit {name}: {error}") from error
-    _refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
+    refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
     return merged.contiguous()
 
 
@@ -310,7 +157,7 @@ def _tensors_by_file(base: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{base} has no safetensors files; weights of other kinds are not read")
     found: dict[str, list[str]] = {}
     for path in files:
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             found[path.name] = list(file.keys())
     return found
 
@@ -334,35 +181,3 @@ def _manifest(base: Path, adapter: Adapter) -> Manifest:
         config={"method": "lora", "merged_tensors": len(adapter.names)},
         chat_format_sha256=None if before is None else before.chat_format_sha256,
     )
-
-
-def _read_all(path: Path) -> dict[str, Tensor]:
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is not iterable
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _refuse_not_finite(origin: Path, name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{origin}: {name} holds values that are not finite; the training has diverged")
-
-
-def _positive(record: Mapping[str, object], key: str, path: Path) -> float:
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _pattern(record: Mapping[str, object], key: str, path: Path) -> dict[str, float]:
-    pattern = record.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise CheckpointError(f"{path}: {key} is {type(pattern).__name__}, expected an object")
-    named = cast("Mapping[str, object]", pattern)
-    return {name: _positive(named, name, path) for name in named}

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant import merge
 from quant.errors import CheckpointError
-from quant.merge import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank, merge_adapter, merged_weight
+from quant.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank
+from quant.merge import merge_adapter, merged_weight
 from quant.model_directory import read_manifest
 from quant.progress import SilentProgress
 
