@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.tensor_files import TensorFile
 from quant.model_directory import hash_file
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,6 +67,20 @@ class LowRank:
     up: Tensor
     scale: float
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), as the weight has it."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def transposed(self) -> LowRank:
+        """The update of the transposed weight."""
+        return LowRank(self.up.t(), self.down.t(), self.scale)
+
+    def rows(self, first: int, last: int) -> LowRank:
+        """The update of rows `first` up to, not including, `last` of the weight."""
+        return LowRank(self.down, self.up[first:last], self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -76,7 +90,6 @@ class Adapter:
     sha256: str
     updates: Mapping[str, LowRank]
     replacements: Mapping[str, Tensor]
-    fan_in_fan_out: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -93,7 +106,9 @@ def read_adapter(directory: Path) -> Adapter:
         raise CheckpointError(f"{directory} has no {ADAPTER_WEIGHTS}{hint}")
     low_rank: dict[str, dict[str, Tensor]] = {}
     replacements: dict[str, Tensor] = {}
-    for name, tensor in _read_all(path).items():
+    file = TensorFile(path)
+    for name in file.tensors:
+        tensor = file.read(name)
         refuse_not_finite(path, name, tensor)
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
         if found is not None:
@@ -106,7 +121,7 @@ def read_adapter(directory: Path) -> Adapter:
     updates = {f"{module}.weight": _low_rank(path, module, parts, config) for module, parts in low_rank.items()}
     if not updates and not replacements:
         raise CheckpointError(f"{path} holds no tensors")
-    return Adapter(directory.absolute().name, hash_file(path), updates, replacements, config.fan_in_fan_out)
+    return Adapter(directory.absolute().name, hash_file(path), updates, replacements)
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
@@ -154,7 +169,8 @@ def _low_rank(path: Path, module: str, parts: Mapping[str, Tensor], config: Lora
             f"{path}: {module} has A {tuple(down.shape)} and B {tuple(up.shape)}; rank {rank} makes them "
             f"({rank}, inputs) and (outputs, {rank})"
         )
-    return LowRank(down, up, config.scale_of(module))
+    update = LowRank(down, up, config.scale_of(module))
+    return update.transposed if config.fan_in_fan_out else update
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
@@ -167,18 +183,6 @@ def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
         if found is not None:
             return value
     return default
-
-
-def _read_all(path: Path) -> dict[str, Tensor]:
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is not iterable
-
-
-def open_safetensors(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def refuse_not_finite(origin: Path, name: str, tensor: Tensor) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import gptq_settings
-from quant.lora import Adapter, LowRank, open_safetensors, read_adapter, refuse_not_finite
+from quant.formats.autogptq import gptq_settings, locate_tensors
+from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
+from quant.lora import Adapter, LowRank, read_adapter, refuse_not_finite
 from quant.model_directory import (
     Manifest,
     Parent,
@@ -42,38 +42,37 @@ class Merged:
     parents: tuple[Parent, ...]
 
 
-def merged_weight(weight: Tensor, update: LowRank, *, fan_in_fan_out: bool = False) -> Tensor:
+def merged_weight(weight: Tensor, update: LowRank) -> Tensor:
     """W + scale * B @ A, summed in float32 and rounded once to the weight's type.
 
-    weight: (out, in), or (in, out) with fan_in_fan_out; any floating type. Raises ValueError if the shapes differ.
+    weight: (out, in), any floating type. Raises ValueError if the shapes differ.
     Source: arXiv:2106.09685, section 4.1. peft rounds B @ A to the adapter's type first.
     """
+    if update.shape != tuple(weight.shape):
+        raise ValueError(f"the update is {update.shape} and the weight {tuple(weight.shape)}")
     delta = update.up.to(torch.float32) @ update.down.to(torch.float32)
-    if fan_in_fan_out:
-        delta = delta.t()
-    if delta.shape != weight.shape:
-        raise ValueError(f"the update is {tuple(delta.shape)} and the weight {tuple(weight.shape)}")
     return (weight.to(torch.float32) + delta * update.scale).to(weight.dtype)
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) -> None:
     """Write `base` with `adapter` merged into it as the new directory `out`, which appears whole or not at all.
 
-    The adapter and one shard of the base are in memory at a time. Raises CheckpointError for a base that is quantised,
-    an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
+    The adapter and a run of rows of the base are in memory at a time. Raises CheckpointError for a base that is
+    quantised, an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
     """
     _refuse_unusable(base, out)
     update = read_adapter(adapter)
-    shards = _tensors_by_file(base)
-    names_of_base = {name for names in shards.values() for name in names}
+    files = [TensorFile(path) for path in sorted(set(locate_tensors(base).values()))]
+    names_of_base = {name for file in files for name in file.tensors}
     _refuse_strangers(update, names_of_base, base)
     _refuse_untying(update, names_of_base, base)
+    merged = {file.path.name: [_merged(file, name, update) for name in file.tensors] for file in files}
     with publish_directory(out) as directory:
         _copy_other_files(base, directory)
-        for index, (file, names) in enumerate(sorted(shards.items())):
-            progress.update(_MERGE_STAGE, index, len(shards))
-            _merge_file(base / file, names, update, directory / file)
-        progress.update(_MERGE_STAGE, len(shards), len(shards))
+        for index, (name, tensors) in enumerate(merged.items()):
+            progress.update(_MERGE_STAGE, index, len(merged))
+            write_tensors(directory / name, tensors, {"format": "pt"})
+        progress.update(_MERGE_STAGE, len(merged), len(merged))
         write_manifest(directory, _manifest(base, update))
 
 
@@ -123,43 +122,28 @@ def _refuse_untying(adapter: Adapter, names: set[str], base: Path) -> None:
         )
 
 
-def _merge_file(source: Path, names: Sequence[str], adapter: Adapter, target: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    with open_safetensors(source) as file:
-        for name in names:
-            tensors[name] = _merged(name, file.get_tensor(name), adapter)
-    save_file(tensors, target, metadata={"format": "pt"})
+def _merged(file: TensorFile, name: str, adapter: Adapter) -> TensorToWrite:
+    """The tensor of the base as it is, or what the adapter makes of it when its turn comes. CheckpointError if the
+    shapes differ."""
+    update, replacement = adapter.updates.get(name), adapter.replacements.get(name)
+    if update is None and replacement is None:
+        return as_stored(file, name)
+    shape, dtype = file.tensors[name].shape, file.dtype(name)
+    for part in (update, replacement):
+        if part is not None and tuple(part.shape) != shape:
+            raise CheckpointError(
+                f"the adapter {adapter.name} does not fit {name}: it has {tuple(part.shape)}, the base {shape}"
+            )
 
+    def rows(first: int, last: int) -> Tensor:
+        weight = file.rows(name, first, last) if replacement is None else replacement[first:last].to(dtype)
+        if update is None:
+            return weight
+        merged = merged_weight(weight, update.rows(first, last))
+        refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
+        return merged
 
-def _merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
-    """`weight` itself where the adapter does not change it. CheckpointError if the shapes differ."""
-    replacement = adapter.replacements.get(name)
-    if replacement is not None:
-        if replacement.shape != weight.shape:
-            found, wanted = tuple(replacement.shape), tuple(weight.shape)
-            raise CheckpointError(f"the adapter {adapter.name} has {name} as {found}; the base has it as {wanted}")
-        weight = replacement.to(weight.dtype)
-    update = adapter.updates.get(name)
-    if update is None:
-        return weight
-    try:
-        merged = merged_weight(weight, update, fan_in_fan_out=adapter.fan_in_fan_out)
-    except ValueError as error:
-        raise CheckpointError(f"the adapter {adapter.name} does not fit {name}: {error}") from error
-    refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
-    return merged.contiguous()
-
-
-def _tensors_by_file(base: Path) -> dict[str, list[str]]:
-    """The names that each weight file of the base holds."""
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{base} has no safetensors files; weights of other kinds are not read")
-    found: dict[str, list[str]] = {}
-    for path in files:
-        with open_safetensors(path) as file:
-            found[path.name] = list(file.keys())
-    return found
+    return TensorToWrite(name, dtype, shape, rows)
 
 
 def _copy_other_files(base: Path, directory: Path) -> None:

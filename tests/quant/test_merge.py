@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant import merge
 from quant.errors import CheckpointError
-from quant.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank
+from quant.formats import tensor_files
+from quant.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank, read_adapter
 from quant.merge import merge_adapter, merged_weight
 from quant.model_directory import read_manifest
 from quant.progress import SilentProgress
@@ -99,8 +100,28 @@ def test_result_is_what_peft_merges(tmp_path: Path, changes: dict[str, object]) 
 def test_fan_in_fan_out_turns_the_update_over() -> None:
     update = LowRank(torch.randn(2, 5), torch.randn(3, 2), 0.5)
     weight = torch.randn(3, 5)
-    turned = merged_weight(weight.t(), update, fan_in_fan_out=True)
-    assert torch.equal(turned.t(), merged_weight(weight, update))
+    turned = merged_weight(weight.t(), update.transposed)
+    torch.testing.assert_close(turned.t(), merged_weight(weight, update), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_transposed_weights_is_read_turned_over(pair: tuple[Path, Path]) -> None:
+    _, adapter = pair
+    plain = read_adapter(adapter).updates
+    rewrite_config(adapter, fan_in_fan_out=True)
+    for name, update in read_adapter(adapter).updates.items():
+        assert update.shape == plain[name].shape[::-1]
+
+
+def test_a_merge_by_runs_of_rows_gives_what_one_run_gives(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_adapter(*pair, tmp_path / "whole", SilentProgress())
+    monkeypatch.setattr(tensor_files, "_RUN_BYTES", 1000)  # seven rows of a matrix
+    merge_adapter(*pair, tmp_path / "runs", SilentProgress())
+    whole, runs = merged_tensors(tmp_path / "whole"), merged_tensors(tmp_path / "runs")
+    assert whole.keys() == runs.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(runs[name], tensor, rtol=0, atol=2e-7)
 
 
 def test_half_precision_is_rounded_once() -> None:
