@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantizationError
+from quant.formats.checkpoint_names import CheckpointNames
 from quant.gptq import GptqOptions, choose_group_size
 from quant.int4_linear import QuantizedLinear
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
 from quant.matrix import QuantizedMatrix
+from quant.options import QuantizeOptions
 from quant.progress import ProgressSink
 from quant.quantize_model import (
     QUANTIZE_STAGE,
@@ -30,6 +32,28 @@ def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
     """One group size for the whole model. QuantizationError if it does not divide every linear's inputs."""
     sizes = input_sizes([source.outline()])
     return replace(options, group_size=choose_group_size(sizes, options.group_size))
+
+
+def refuse_unfit_choices(source: LayerSource, names: CheckpointNames, options: QuantizeOptions) -> None:
+    """Raises QuantizationError where linears that are stored as one would get several grids, and for names in
+    `eight_bit` that the layers lack."""
+    linears = {
+        name.rpartition(".")[2] for name, part in source.outline().named_modules() if isinstance(part, nn.Linear)
+    }
+    absent = [name for name in options.eight_bit if name not in linears]
+    if absent:
+        raise QuantizationError(
+            f"--eight-bit {absent[0]}: this model has no such linear; it has {', '.join(sorted(linears))}"
+        )
+    for stored, parts in names.fused.items():
+        for index in range(source.num_layers):
+            choices = {name.rpartition(".")[2]: options.choice_of(name.format(index)) for name in parts}
+            if len(set(choices.values())) > 1:
+                found = ", ".join(f"{name} {choice.bits}" for name, choice in choices.items())
+                raise QuantizationError(
+                    f"this family stores {', '.join(choices)} as one linear ({stored.format(index)}), which has one "
+                    f"grid, and their bits would be {found}; name all of them in --eight-bit, or none"
+                )
 
 
 def quantize_to_disk(
