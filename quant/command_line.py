@@ -39,6 +39,7 @@ examples:
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACT_ORDERS = ("static", "shuffled")
+LARGEST_SEED = 2**63 - 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +177,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seq-len", type=_positive_int, default=512, metavar="N", help="tokens of a window (default: 512)"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="order of the text's rows (default: 0)")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="order of the text's rows (default: 0)")
 
 
 def _with_act_order_kind(argv: Sequence[str]) -> list[str]:
@@ -207,6 +208,13 @@ def _positive_int(text: str) -> int:
     value = _whole_number(text)
     if value < 1:
         _refuse(f"{value} is not positive")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole_number(text)
+    if not 0 <= value <= LARGEST_SEED:
+        _refuse(f"{value} is no seed; give 0 to {LARGEST_SEED}")
     return value
 
 

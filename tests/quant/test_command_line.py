@@ -116,3 +116,10 @@ def test_merge_takes_base_adapter_and_out(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse_merge(["base", "lora"])
     assert "required: OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5"])
+def test_a_seed_that_no_generator_takes_is_misuse(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_quantize(["model", "out", "--seed", seed])
+    assert "argument --seed" in capsys.readouterr().err
