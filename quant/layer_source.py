@@ -23,6 +23,11 @@ class LayerSource(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that the model was made for."""
+        ...
+
+    @property
     def head_bytes(self) -> int:
         """Of the table that makes logits, as it is stored; the embeddings' where the two are tied."""
         ...

@@ -31,7 +31,7 @@ from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
-from quant.layer_walk import quantize_to_disk, refuse_unfit_choices, settle_group_size
+from quant.layer_walk import quantize_to_disk, refuse_damaged_ends, refuse_unfit_options, settle_group_size
 from quant.measure import WindowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
@@ -221,9 +221,11 @@ def _refuse_unusable(source: Path, out: Path) -> None:
 def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
     started = time.monotonic()
     layers = access.open(source)
-    refuse_unfit_choices(layers, checkpoint_names(read_json(source / "config.json")), options)
+    names = checkpoint_names(read_json(source / "config.json"))
+    refuse_unfit_options(layers, names, options)
     texts = prepare_texts(access.encoder(source), options)
     plan = require_room(layers, options, out)
+    refuse_damaged_ends(source, names)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
     return _Run(access, source, hash_directory(source), layers, settled, texts, progress, started)
 

@@ -69,6 +69,10 @@ class DirectoryLayers:
         return self._spec.vocab_size
 
     @property
+    def max_positions(self) -> int:
+        return self._spec.max_positions
+
+    @property
     def head_bytes(self) -> int:
         return self._place(self._head_name).num_bytes
 
