@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -94,6 +94,11 @@ class Adapter:
     @property
     def names(self) -> set[str]:
         return {*self.updates, *self.replacements}
+
+    def renamed(self, rename: Callable[[str], str]) -> Adapter:
+        updates = {rename(name): update for name, update in self.updates.items()}
+        replacements = {rename(name): tensor for name, tensor in self.replacements.items()}
+        return replace(self, updates=updates, replacements=replacements)
 
 
 def read_adapter(directory: Path) -> Adapter:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import gptq_settings, locate_tensors
+from quant.formats.autogptq import gptq_settings, locate_tensors, read_json
+from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
 from quant.lora import Adapter, LowRank, read_adapter, refuse_not_finite
 from quant.model_directory import (
@@ -31,6 +32,7 @@ from quant.progress import ProgressSink
 
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"})
 _MERGE_STAGE = "Merging the adapter"
 
 
@@ -61,12 +63,13 @@ def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) 
     quantised, an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
     """
     _refuse_unusable(base, out)
-    update = read_adapter(adapter)
+    names = checkpoint_names(read_json(base / CONFIG_FILE))
+    update = read_adapter(adapter).renamed(names.standard)
     files = [TensorFile(path) for path in sorted(set(locate_tensors(base).values()))]
-    names_of_base = {name for file in files for name in file.tensors}
+    names_of_base = {names.standard(name) for file in files for name in file.tensors}
     _refuse_strangers(update, names_of_base, base)
-    _refuse_untying(update, names_of_base, base)
-    merged = {file.path.name: [_merged(file, name, update) for name in file.tensors] for file in files}
+    _refuse_untying(update, names, names_of_base, base)
+    merged = {file.path.name: [_merged(file, name, update, names) for name in file.tensors] for file in files}
     with publish_directory(out) as directory:
         _copy_other_files(base, directory)
         for index, (name, tensors) in enumerate(merged.items()):
@@ -106,26 +109,27 @@ def _refuse_strangers(adapter: Adapter, names: set[str], base: Path) -> None:
     strangers = sorted(adapter.names - names)
     if strangers:
         tied = " (the base shares its head with the embeddings)" if "lm_head.weight" in strangers else ""
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise CheckpointError(
-            f"the adapter {adapter.name} changes {len(strangers)} tensors that {base} lacks, such as "
-            f"{strangers[0]}{tied}; give the base that it was trained on"
+            f"the adapter {adapter.name} changes {strangers[0]}{more}, which {base} lacks{tied}; "
+            "give the base that it was trained on"
         )
 
 
-def _refuse_untying(adapter: Adapter, names: set[str], base: Path) -> None:
+def _refuse_untying(adapter: Adapter, names: CheckpointNames, names_of_base: set[str], base: Path) -> None:
     """Embeddings trained beside a head that shares them belong to the embeddings alone; the base has one tensor."""
-    changed = [name for name in adapter.names if name.endswith("embed_tokens.weight")]
-    if changed and "lm_head.weight" not in names:
+    changed = [name for name in adapter.names if names.ours(name)[0] == "model.embed_tokens.weight"]
+    if changed and names.standard("lm_head.weight") not in names_of_base:
         raise CheckpointError(
             f"the adapter {adapter.name} has its own {changed[0]}, which {base} shares with its head; merge it with "
             "peft, which writes the two apart"
         )
 
 
-def _merged(file: TensorFile, name: str, adapter: Adapter) -> TensorToWrite:
+def _merged(file: TensorFile, name: str, adapter: Adapter, names: CheckpointNames) -> TensorToWrite:
     """The tensor of the base as it is, or what the adapter makes of it when its turn comes. CheckpointError if the
-    shapes differ."""
-    update, replacement = adapter.updates.get(name), adapter.replacements.get(name)
+    shapes differ. names: files may leave out a prefix that the adapter's names have."""
+    update, replacement = adapter.updates.get(names.standard(name)), adapter.replacements.get(names.standard(name))
     if update is None and replacement is None:
         return as_stored(file, name)
     shape, dtype = file.tensors[name].shape, file.dtype(name)
@@ -147,9 +151,11 @@ def _merged(file: TensorFile, name: str, adapter: Adapter) -> TensorToWrite:
 
 
 def _copy_other_files(base: Path, directory: Path) -> None:
+    """Not the weights in other formats that some repositories have beside these: they would be the base's still."""
     for path in base.iterdir():
         is_report = path.name.startswith("quantization_report")
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "causerie.json" and not is_report:
+        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
+        if path.is_file() and path.name != "causerie.json" and not is_weights and not is_report:
             shutil.copyfile(path, directory / path.name)
 
 

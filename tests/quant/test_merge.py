@@ -245,6 +245,43 @@ def test_a_quantised_base_and_a_full_out_are_refused(pair: tuple[Path, Path], tm
         merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
 
 
+def write_unprefixed_bloom(base: Path, adapter: Path) -> None:
+    """Names as the hub's BLOOM files have them, beside stale weights in another format; an adapter as peft names it."""
+    base.mkdir()
+    adapter.mkdir()
+    config = {"architectures": ["BloomForCausalLM"], "hidden_size": 8, "n_head": 2}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "pytorch_model.bin").write_bytes(b"stale")
+    stored = {
+        "h.0.self_attention.query_key_value.weight": torch.zeros(24, 8),
+        "word_embeddings.weight": torch.ones(4, 8),
+    }
+    save_file(stored, base / "model.safetensors")
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+
+
+def test_a_base_whose_files_leave_out_the_prefix_is_merged_by_the_adapters_names(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "my-lora"
+    write_unprefixed_bloom(base, adapter)
+    module = "base_model.model.transformer.h.0.self_attention.query_key_value"
+    a, b = torch.ones(2, 8), torch.ones(24, 2)
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, adapter / ADAPTER_WEIGHTS)
+    merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
+    merged = merged_tensors(tmp_path / "out")
+    assert torch.equal(merged["h.0.self_attention.query_key_value.weight"], torch.full((24, 8), 4.0))
+    assert torch.equal(merged["word_embeddings.weight"], torch.ones(4, 8))
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_shared_embeddings_of_another_family_are_not_untied_in_silence(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "my-lora"
+    write_unprefixed_bloom(base, adapter)
+    name = "base_model.model.transformer.word_embeddings.weight"
+    save_file({name: torch.zeros(4, 8)}, adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(CheckpointError, match="shares with its head"):
+        merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
+
+
 def test_an_interrupted_merge_leaves_nothing(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
