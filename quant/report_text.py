@@ -133,7 +133,7 @@ def _layer_table(layers: Sequence[LayerReport], bits: int, group_size: int) -> l
         for linear in layer.linears:
             unlike = [f"{linear.bits} bits"] if linear.bits != bits else []
             unlike += [f"group {linear.group_size}"] if linear.group_size != group_size else []
-            cells.append(f"{100 * linear.error:.3f}" + (f" ({', '.join(unlike)})" if unlike else ""))
+            cells.append(f"{100 * linear.error:.2g}" + (f" ({', '.join(unlike)})" if unlike else ""))
         lines.append(f"| {layer.index} | {' | '.join(cells)} |")
     return lines
 

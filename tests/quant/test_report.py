@@ -119,7 +119,7 @@ def test_markdown_has_every_text_path_and_cost() -> None:
     assert "| vLLM (CPU build) | no | it takes one width" in text
     assert "| 1 | 61 MB | +7.00 % |" in text
     assert "calibration.jsonl (sha256 cccccccccccc)" in text
-    assert "4.200 (8 bits) |" in text  # layer 2's down_proj
+    assert "4.2 (8 bits) |" in text  # layer 2's down_proj
 
 
 def test_what_was_not_measured_is_not_mentioned() -> None:
