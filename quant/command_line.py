@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
     """Leaves with exit code 2 and one line for what cannot be meant."""
-    parser = _new_parser("causerie quantize", DESCRIPTION, EXAMPLES)
+    parser = new_parser("causerie quantize", DESCRIPTION, EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="directory, named model (`causerie models list`) or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must not exist, or be empty")
     parser.add_argument("--plan", action="store_true", help="print memory, disk and time that it would take, and leave")
@@ -79,7 +79,7 @@ def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
 
 def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
     """As above."""
-    parser = _new_parser("causerie merge", MERGE_DESCRIPTION, MERGE_EXAMPLES)
+    parser = new_parser("causerie merge", MERGE_DESCRIPTION, MERGE_EXAMPLES)
     parser.add_argument("base", metavar="BASE", help="directory, named model or hub id that the adapter was trained on")
     parser.add_argument(
         "adapter", metavar="ADAPTER", type=Path, help="directory with adapter_config.json and adapter_model.safetensors"
@@ -100,7 +100,8 @@ def act_order_warning(act_order: str, *, symmetric: bool) -> str | None:
     )
 
 
-def _new_parser(program: str, description: str, examples: str) -> _Parser:
+def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Takes whole flag names only, and answers others with the nearest one."""
     return _Parser(
         prog=program,
         description=description,
