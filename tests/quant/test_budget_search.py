@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from quant import quantize_directory, texts
-from quant.budget_search import rung_options
+from quant import budget_search, quantize_directory, texts
+from quant.budget_attempts import OverBudgetError
+from quant.budget_search import BudgetSearch, rung_options, search_cost
 from quant.errors import QuantizationError
 from quant.gptq import GptqOptions
-from quant.layer_files import WorkDirectory
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
-from quant.quantize_directory import OverBudgetError, quantize_with
+from quant.quantize_directory import quantize_with
+from quant.quantize_model import CalibrationWalk
 from quant.report import QuantizationReport
 from tests.quant.tiny_models import TinyAccess, tiny_decoder, write_source
 
@@ -30,28 +31,43 @@ def short_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
 
 
-def quantize(source: Path, out: Path, limit: float | None = None) -> QuantizationReport:
-    options = replace(OPTIONS, max_perplexity_increase=limit)
-    return quantize_with(TinyAccess(serves=False), source, out, options, SilentProgress())
+def quantize(
+    source: Path, out: Path, limit: float | None = None, options: QuantizeOptions = OPTIONS, *, serves: bool = False
+) -> QuantizationReport:
+    options = replace(options, max_perplexity_increase=limit)
+    return quantize_with(TinyAccess(serves=serves), source, out, options, SilentProgress())
 
 
-def test_the_linears_that_need_it_get_eight_bits_until_the_budget_holds(tmp_path: Path) -> None:
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_linears_are_refined_until_the_budget_holds_and_no_further(tmp_path: Path, serves: bool) -> None:
     source = write_source(tmp_path / "source")
-    four = quantize(source, tmp_path / "four")
-    limit = four.perplexity_increase_percent / 2
-    report = quantize(source, tmp_path / "out", limit)
+    four = quantize(source, tmp_path / "four", serves=serves)
+    eight = quantize(source, tmp_path / "eight", options=replace(OPTIONS, gptq=GptqOptions(bits=8)), serves=serves)
+    limit = (four.perplexity_increase_percent + eight.perplexity_increase_percent) / 2
+    report = quantize(source, tmp_path / "out", limit, serves=serves)
     assert report.perplexity_increase_percent <= limit
-    bits = [linear.bits for layer in report.layers for linear in layer.linears]
-    assert set(bits) == {4, 8}
-    assert four.quantized_bytes < report.quantized_bytes < 2 * four.quantized_bytes
-    # The first trial takes every linear from the walk that the four-bit result came from: it must measure the same.
+    assert {linear.bits for layer in report.layers for linear in layer.linears} == {4, 8}
+    assert four.quantized_bytes < report.quantized_bytes < eight.quantized_bytes
     assert report.budget_trials[0].refined == 0
     assert report.budget_trials[0].increase_percent == pytest.approx(four.perplexity_increase_percent, abs=1e-3)
-    assert report.budget_trials[1].refined == len(bits)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "out", "source"]
+    assert all(text.round_to_nearest is not None for text in report.texts)
+    assert names_in(tmp_path) == ["eight", "four", "out", "source"]
     assert "Search for at most" in (tmp_path / "out/quantization_report.md").read_text()
-    dynamic = json.loads((tmp_path / "out/quantize_config.json").read_text())["dynamic"]
-    assert dynamic
+    assert json.loads((tmp_path / "out/quantize_config.json").read_text())["dynamic"]
+
+
+def test_a_trial_measures_exactly_what_is_written(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    limit = quantize(source, tmp_path / "four").perplexity_increase_percent / 2
+    report = quantize(source, tmp_path / "out", limit)
+    assert min(trial.increase_percent for trial in report.budget_trials) <= limit
+    # Without a serving path to measure there is nothing else to expect.
+    expected = max(trial.increase_percent for trial in report.budget_trials if trial.increase_percent <= limit)
+    assert report.perplexity_increase_percent == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_budget_that_holds_already_changes_nothing(tmp_path: Path) -> None:
@@ -68,7 +84,7 @@ def test_a_budget_out_of_reach_is_an_error_with_the_best_figure_and_leaves_nothi
     source = write_source(tmp_path / "source")
     with pytest.raises(QuantizationError, match=r"within -5 %: the best that was reached is .* with 14 linears"):
         quantize(source, tmp_path / "out", -5.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert names_in(tmp_path) == ["source"]
 
 
 def test_a_result_that_misses_the_limit_is_made_again_with_a_lower_aim(
@@ -76,30 +92,98 @@ def test_a_result_that_misses_the_limit_is_made_again_with_a_lower_aim(
 ) -> None:
     num_refined: list[int] = []
 
-    def refuse_twice(report: QuantizationReport, work: WorkDirectory) -> None:
+    def refuse_twice(report: QuantizationReport) -> None:
         num_refined.append(sum(linear.bits == 8 for layer in report.layers for linear in layer.linears))
         if len(num_refined) <= 2:
-            raise OverBudgetError(report, 0.2, work.path)
+            raise OverBudgetError(report, 0.2)
 
     monkeypatch.setattr(quantize_directory, "_refuse_bad_quality", refuse_twice)
     quantize(write_source(tmp_path / "source"), tmp_path / "out", 0.2)
     assert len(num_refined) == 3
     assert 0 == num_refined[0] < num_refined[1] < num_refined[2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert names_in(tmp_path) == ["out", "source"]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing may rely on being told."""
+
+
+class Counters:
+    """What costs time in a search, by name, and a place to stop at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: dict[str, int] = {"layer": 0, "harm": 0, "trial": 0, "result": 0}
+        self.stop_at: tuple[str, int] | None = None
+        self._watch(monkeypatch, CalibrationWalk, "quantize_layer", "layer")
+        self._watch(monkeypatch, budget_search, "measure_harm", "harm")
+        self._watch(monkeypatch, BudgetSearch, "_losses", "trial")
+        self._watch(monkeypatch, quantize_directory, "write_checkpoint", "result")
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, counter: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments: object, **named: object) -> object:
+            if self.stop_at == (counter, self.counts[counter]):
+                self.stop_at = None
+                raise KilledError
+            self.counts[counter] += 1
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("stop", [("layer", 3), ("harm", 0), ("trial", 0), ("trial", 1), ("result", 1)])
+def test_a_search_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
+) -> None:
+    source = write_source(tmp_path / "source")
+    limit = quantize(source, tmp_path / "four").perplexity_increase_percent / 2
+    counters = Counters(monkeypatch)
+    quantize(source, tmp_path / "whole", limit)
+    expected = counters.counts
+    counters.counts, counters.stop_at = dict.fromkeys(expected, 0), stop
+    with pytest.raises(KilledError):
+        quantize(source, tmp_path / "out", limit)
+    assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", limit)
+    assert counters.counts == expected
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert names_in(tmp_path) == ["four", "out", "source", "whole"]
+
+
+def test_progress_says_what_is_tried_and_what_it_gave(tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    class Stages(SilentProgress):
+        def update(self, stage: str, done: float, total: float) -> None:
+            if stage not in stages:
+                stages.append(stage)
+
+    source = write_source(tmp_path / "source")
+    limit = quantize(source, tmp_path / "four").perplexity_increase_percent / 2
+    options = replace(OPTIONS, max_perplexity_increase=limit)
+    report = quantize_with(TinyAccess(serves=False), source, tmp_path / "out", options, Stages())
+    first = report.budget_trials[1]
+    announced = f"trial 1: {first.refined} of 14 linears refined, {first.weight_bytes / 1e6:,.1f} MB"
+    place = stages.index(announced)
+    assert stages[place + 1] == f"{announced}: {first.increase_percent:+.2f} %"
 
 
 @pytest.mark.parametrize(
     ("group_size", "bits", "expected"),
     [
-        (32, 4, [(4, 32), (8, 32)]),
-        (-1, 4, [(4, -1), (4, 32), (8, -1)]),
-        (-1, 8, [(8, -1), (8, 32)]),
-        (32, 8, [(8, 32)]),
+        (32, 4, [(8, 32)]),
+        (-1, 4, [(4, 32), (8, -1)]),
+        (-1, 8, [(8, 32)]),
+        (32, 8, []),
     ],
 )
 def test_a_linear_climbs_by_a_smaller_group_then_by_eight_bits(
     group_size: int, bits: int, expected: list[tuple[int, int]]
 ) -> None:
     options = replace(OPTIONS, gptq=GptqOptions(bits=bits, group_size=group_size))
-    found = [one.choice_of("model.layers.0.mlp.up_proj") for one in rung_options(options, tiny_decoder().layers[0])]
-    assert found == [LinearChoice(*choice) for choice in expected]
+    found = rung_options(options, tiny_decoder().layers[0])
+    assert [one.choice_of("model.layers.0.mlp.up_proj") for one in found] == [LinearChoice(*one) for one in expected]
+    cost = search_cost(options, [64, 96])
+    assert cost.walks + cost.short_walks == len(expected)
+    assert len(cost.on_disk) == len(expected) + bool(expected)
