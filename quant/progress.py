@@ -34,7 +34,7 @@ class JsonLinesProgress:
 
 
 class LineProgress:
-    """One line when a stage begins and one when it ends, one alone where both come at once: for a log file or a pipe."""
+    """For a log file or a pipe: one line when a stage begins and one when it ends, one alone for both at once."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr

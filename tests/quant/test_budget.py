@@ -137,7 +137,7 @@ def test_what_is_not_needed_is_given_back() -> None:
     units = [unit("cheap", 1.0, 0.0, sizes=(100, 110)), unit("b", 5.0, 0.0), unit("c", 4.5, 0.0)]
     model = SummedHarm(units)
     found = search(units, 5.5, model)
-    assert [step.unit for step in model.asked[-2]] == [0, 1]
+    assert [0, 1] in [[step.unit for step in asked] for asked in model.asked]
     assert [step.unit for step in found.refinements] == [1]
     assert found.increase_percent == 5.5
 
