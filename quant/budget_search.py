@@ -80,7 +80,9 @@ class SearchRun:
 
     @property
     def record(self) -> BudgetRecord:
-        return BudgetRecord(self.base.work.path / "measured.json")
+        """What was measured with these texts."""
+        digest = hashlib.sha256(b"".join(windows.numpy().tobytes() for windows in self.texts))
+        return BudgetRecord(self.base.work.path / f"measured-{digest.hexdigest()[:12]}.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +131,14 @@ class BudgetSearch:
             f"trial {self._num_trials}: {num_refined(self.units, refinements)} of {linears} linears refined, "
             f"{weight_bytes(self.units, refinements) / 1e6:,.1f} MB"
         )
-        losses = self._record.measured(
-            f"losses {self._mark(refinements)}", lambda: self._losses(rungs_of(self.units, refinements), stage)
-        )
-        increase = self._known.percent(losses)
+        increase = self._known.percent(self.losses(refinements, stage))
         self._run.progress.update(f"{stage}: {increase:+.2f} %", 1, 1)
         return increase
+
+    def losses(self, refinements: Sequence[Refinement], stage: str) -> Sequence[float]:
+        """Of each text on the plain path: mean negative log-likelihood, nats per token. Measured once."""
+        rungs = rungs_of(self.units, refinements)
+        return self._record.measured(f"losses {self._mark(refinements)}", lambda: self._carry_texts(rungs, stage))
 
     def mixture(self, refinements: Sequence[Refinement]) -> Walked:
         """As a walk of its own, its layers on disk like any other's."""
@@ -177,8 +181,8 @@ class BudgetSearch:
         return next(linear for linear in self.walks[walk].layers[index].linears if linear.name == name)
 
     @torch.inference_mode()
-    def _losses(self, rungs: Sequence[int], stage: str) -> list[float]:
-        """Of each text on the plain path: mean negative log-likelihood, nats per token."""
+    def _carry_texts(self, rungs: Sequence[int], stage: str) -> list[float]:
+        """Through the mixture with these rungs of all units, layer by layer. Returns what `losses` does."""
         run = self._run
         paths = [PlainPath(run.source, windows) for windows in run.texts]
         for index in range(run.source.num_layers):

@@ -116,7 +116,7 @@ class Counters:
         self.stop_at: tuple[str, int] | None = None
         self._watch(monkeypatch, CalibrationWalk, "quantize_layer", "layer")
         self._watch(monkeypatch, budget_search, "measure_harm", "harm")
-        self._watch(monkeypatch, BudgetSearch, "_losses", "trial")
+        self._watch(monkeypatch, BudgetSearch, "_carry_texts", "trial")
         self._watch(monkeypatch, quantize_directory, "write_checkpoint", "result")
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, counter: str) -> None:
