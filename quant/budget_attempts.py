@@ -43,11 +43,11 @@ def keep_budget(run: SearchRun, limit_percent: float, make: MakeResult) -> Quant
             return make(run.base, ())
         except OverBudgetError as over:
             known = _remember(run.record, over.report.texts)
-    search = BudgetSearch(run, known)
+    search = BudgetSearch(run)
     aim, trials = limit_percent, list[BudgetTrial]()
     complaint = ""
     for _ in range(MAX_ATTEMPTS):
-        found = _find(search, aim, limit_percent)
+        found = _find(search, aim, limit_percent, known)
         trials += [trial for trial in found.trials if trial not in trials]
         mixture = search.mixture(found.refinements)
         try:
@@ -61,10 +61,10 @@ def keep_budget(run: SearchRun, limit_percent: float, make: MakeResult) -> Quant
     raise QuantizationError(f"{complaint} after {MAX_ATTEMPTS} attempts; nothing was written. {_BETTER_QUALITY}")
 
 
-def _find(search: BudgetSearch, aim_percent: float, limit_percent: float) -> SearchResult:
+def _find(search: BudgetSearch, aim_percent: float, limit_percent: float, known: KnownLosses) -> SearchResult:
     """Errors speak of the limit that the user gave, and of what measuring the whole result would make of the best."""
     try:
-        return search.find(aim_percent)
+        return search.find(aim_percent, known)
     except BudgetUnreachableError as error:
         best = error.best_percent + limit_percent - aim_percent
         raise BudgetUnreachableError(limit_percent, best, error.num_refined) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,9 +106,9 @@ class KnownLosses:
 class BudgetSearch:
     """Holds the walks of one source, and what was measured with them."""
 
-    def __init__(self, run: SearchRun, known: KnownLosses) -> None:
+    def __init__(self, run: SearchRun) -> None:
         """Walks the source once for each way of storing a linear, and measures every unit's harm."""
-        self._run, self._known, self._record = run, known, run.record
+        self._run, self._record = run, run.record
         self.walks = [run.base, *(self._walk(options) for options in rung_options(run.options, run.source.outline()))]
         units = units_of([walk.layers for walk in self.walks], run.source.outline())
         harm = self._record.measured(
@@ -118,12 +118,20 @@ class BudgetSearch:
         self.order = order_refinements(self.units)
         self._num_trials = 0
 
-    def find(self, limit_percent: float) -> SearchResult:
+    def find(self, limit_percent: float, known: KnownLosses) -> SearchResult:
         """The smallest file that keeps the limit in trials. Raises BudgetUnreachableError if none does."""
-        base, least = self._known.percent(self._known.base), self._known.percent(self._known.source)
-        return search_budget(self.units, self.order, limit_percent, base, self.increase_of, least)
+        return self.find_along(self.order, limit_percent, known)
 
-    def increase_of(self, refinements: Sequence[Refinement]) -> float:
+    def find_along(self, order: Sequence[Refinement], limit_percent: float, known: KnownLosses) -> SearchResult:
+        """Likewise, along another order."""
+
+        def increase_of(refinements: Sequence[Refinement]) -> float:
+            return self._try(refinements, known)
+
+        base, least = known.percent(known.base), known.percent(known.source)
+        return search_budget(self.units, order, limit_percent, base, increase_of, least)
+
+    def _try(self, refinements: Sequence[Refinement], known: KnownLosses) -> float:
         """In percent over the source, with what the path that serves adds; says on `progress` what it tries."""
         self._num_trials += 1
         linears = sum(len(unit.names) for unit in self.units)
@@ -131,7 +139,7 @@ class BudgetSearch:
             f"trial {self._num_trials}: {num_refined(self.units, refinements)} of {linears} linears refined, "
             f"{weight_bytes(self.units, refinements) / 1e6:,.1f} MB"
         )
-        increase = self._known.percent(self.losses(refinements, stage))
+        increase = known.percent(self.losses(refinements, stage))
         self._run.progress.update(f"{stage}: {increase:+.2f} %", 1, 1)
         return increase
 
@@ -180,16 +188,24 @@ class BudgetSearch:
     def _report_of(self, index: int, name: str, walk: int) -> LinearReport:
         return next(linear for linear in self.walks[walk].layers[index].linears if linear.name == name)
 
-    @torch.inference_mode()
     def _carry_texts(self, rungs: Sequence[int], stage: str) -> list[float]:
         """Through the mixture with these rungs of all units, layer by layer. Returns what `losses` does."""
-        run = self._run
+
+        def mixed(index: int) -> nn.Module:
+            layer = self._run.source.layer(index)
+            insert_matrices(layer, f"model.layers.{index}", self._mixed_layer(index, rungs)[1])
+            return dequantized(layer)
+
+        return carry_texts(self._run, mixed, stage)
+
+
+def carry_texts(run: SearchRun, layer_of: Callable[[int], nn.Module], stage: str) -> list[float]:
+    """Mean negative log-likelihood of each text, nats per token. layer_of: index -> layer in float32."""
+    with torch.inference_mode():
         paths = [PlainPath(run.source, windows) for windows in run.texts]
         for index in range(run.source.num_layers):
             run.progress.update(stage, index, run.source.num_layers)
-            layer = run.source.layer(index)
-            insert_matrices(layer, f"model.layers.{index}", self._mixed_layer(index, rungs)[1])
-            layer = dequantized(layer)
+            layer = layer_of(index)
             for path in paths:
                 path.advance(layer)
         for path in paths:

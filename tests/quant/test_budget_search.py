@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -132,23 +132,42 @@ class Counters:
         monkeypatch.setattr(owner, name, counted)
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A search that nothing interrupted. `counts` of what it took, its first walk included."""
+
+    source: Path
+    limit: float
+    weights: bytes
+    counts: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    source = write_source(folder / "source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "HELD_OUT_TOKENS", 512)
+        patch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
+        limit = quantize(source, folder / "four").perplexity_increase_percent / 2
+        counters = Counters(patch)
+        quantize(source, folder / "out", limit)
+    return Whole(source, limit, (folder / "out/model.safetensors").read_bytes(), counters.counts)
+
+
 @pytest.mark.parametrize("stop", [("layer", 3), ("harm", 0), ("trial", 0), ("trial", 1), ("result", 1)])
 def test_a_search_that_was_killed_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, stop: tuple[str, int]
 ) -> None:
-    source = write_source(tmp_path / "source")
-    limit = quantize(source, tmp_path / "four").perplexity_increase_percent / 2
     counters = Counters(monkeypatch)
-    quantize(source, tmp_path / "whole", limit)
-    expected = counters.counts
-    counters.counts, counters.stop_at = dict.fromkeys(expected, 0), stop
+    counters.stop_at = stop
     with pytest.raises(KilledError):
-        quantize(source, tmp_path / "out", limit)
+        quantize(whole.source, tmp_path / "out", whole.limit)
     assert not (tmp_path / "out").exists()
-    quantize(source, tmp_path / "out", limit)
-    assert counters.counts == expected
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    assert names_in(tmp_path) == ["four", "out", "source", "whole"]
+    quantize(whole.source, tmp_path / "out", whole.limit)
+    assert counters.counts == whole.counts
+    assert (tmp_path / "out/model.safetensors").read_bytes() == whole.weights
+    assert names_in(tmp_path) == ["out"]
 
 
 def test_progress_says_what_is_tried_and_what_it_gave(tmp_path: Path) -> None:
