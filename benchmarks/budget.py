@@ -91,7 +91,7 @@ class Bench:
         reports = quantize_to_disk(layers, texts.calibration, options.gptq, options.choice_of, directory, progress)
         held_out = [text.windows[:windows] for text in texts.held_out]
         base = Walked(directory, reports)
-        run = SearchRun(layers, base, texts.calibration, held_out, options, names, progress)
+        run = SearchRun(layers, base, texts.calibration, held_out, options, progress)
         self._end_bytes = layers.end_bytes()
         self._search = BudgetSearch(run)
         # With the linears' own errors as their harm.

@@ -33,7 +33,6 @@ from quant.budget import (
 )
 from quant.budget_harm import HARM_TOKENS, HARM_WINDOWS, measure_harm
 from quant.budget_record import BudgetRecord
-from quant.formats.checkpoint_names import CheckpointNames
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
 from quant.layer_walk import insert_matrices, quantize_to_disk
@@ -67,7 +66,6 @@ class SearchRun:
     base:        the walk without refinements; the search's own files lie in its directory
     calibration: (samples, tokens) ids; texts: (windows, tokens) ids of each held-out text
     options:     of `base`, with their group size settled
-    names:       of the result's tensors
     """
 
     source: LayerSource
@@ -75,7 +73,6 @@ class SearchRun:
     calibration: Tensor
     texts: Sequence[Tensor]
     options: QuantizeOptions
-    names: CheckpointNames
     progress: ProgressSink
 
     @property
@@ -89,8 +86,8 @@ class SearchRun:
 class KnownLosses:
     """Mean negative log-likelihood of each text, nats per token, measured already.
 
-    base:  without refinements, on the plain path
-    added: what the path that serves adds to that, at least 0
+    base:  without refinements, as a trial measures it: plain path, the source's embeddings and head
+    added: what the result has more than that, served and with its own embeddings and head
     """
 
     source: Sequence[float]
@@ -150,25 +147,22 @@ class BudgetSearch:
 
     def mixture(self, refinements: Sequence[Refinement]) -> Walked:
         """As a walk of its own, its layers on disk like any other's."""
-        work = self._work(f"mixture-{self._mark(refinements)}")
+        base = self._run.base.work
+        work = base.within(f"mixture-{self._mark(refinements)}")
         rungs = rungs_of(self.units, refinements)
         for index in range(self._run.source.num_layers):
             if not work.has(index):
                 report, matrices = self._mixed_layer(index, rungs)
                 work.write(report, matrices)
+        work.link_others(base)
         return Walked(work, [work.report(index) for index in range(self._run.source.num_layers)])
 
     def _walk(self, options: QuantizeOptions) -> Walked:
         run, is_short = self._run, options.gptq.bits == 8
         calibration = run.calibration[:EIGHT_BIT_SAMPLES] if is_short else run.calibration
-        work = self._work(f"bits-{options.gptq.bits}-group-{options.gptq.group_size}")
+        work = run.base.work.within(f"bits-{options.gptq.bits}-group-{options.gptq.group_size}")
         layers = quantize_to_disk(run.source, calibration, options.gptq, options.choice_of, work, run.progress)
         return Walked(work, layers)
-
-    def _work(self, name: str) -> WorkDirectory:
-        path = self._run.base.work.path / name
-        path.mkdir(exist_ok=True)
-        return WorkDirectory(path, self._run.names)
 
     def _mark(self, refinements: Sequence[Refinement]) -> str:
         rungs = rungs_of(self.units, refinements)

@@ -129,7 +129,7 @@ def quantize_with(
         if limit is None:
             return make(base, ())
         windows = [text.windows for text in run.texts.held_out]
-        search = SearchRun(run.layers, base, run.texts.calibration, windows, run.options, names, run.progress)
+        search = SearchRun(run.layers, base, run.texts.calibration, windows, run.options, run.progress)
         return keep_budget(search, limit, make)
 
 

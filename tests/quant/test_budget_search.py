@@ -12,13 +12,15 @@ from quant import budget_search, quantize_directory, texts
 from quant.budget_attempts import OverBudgetError
 from quant.budget_search import BudgetSearch, rung_options, search_cost
 from quant.errors import QuantizationError
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions
+from quant.layer_files import WorkDirectory
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from quant.quantize_model import CalibrationWalk
 from quant.report import QuantizationReport
-from tests.quant.tiny_models import TinyAccess, tiny_decoder, write_source
+from tests.quant.tiny_models import CONFIG, TinyAccess, tiny_decoder, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -102,6 +104,21 @@ def test_a_result_that_misses_the_limit_is_made_again_with_a_lower_aim(
     assert len(increases) == 3
     assert increases == sorted(increases, reverse=True)
     assert names_in(tmp_path) == ["out", "source"]
+
+
+def test_a_mixture_has_what_belongs_to_no_layer_from_the_first_walk(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    base = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG))
+    mixture = base.within("mixture")
+    base.file(0).write_bytes(b"base")
+    mixture.file(0).write_bytes(b"mixture")
+    (base.path / "lm_head.safetensors").write_bytes(b"head")
+    for _ in range(2):
+        mixture.link_others(base)
+    assert mixture.file(0).read_bytes() == b"mixture"
+    assert (mixture.path / "lm_head.safetensors").read_bytes() == b"head"
+    base.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 class KilledError(BaseException):
