@@ -33,7 +33,7 @@ from quant.options import QuantizeOptions
 from quant.progress import LineProgress
 from quant.texts import prepare_texts
 
-QUICK_SAMPLES = 16
+SAMPLES, QUICK_SAMPLES = 128, 16
 QUICK_WINDOWS = 4
 
 
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     given = _parse(argv)
     torch.set_num_threads(given.threads)
     options = QuantizeOptions(
-        gptq=GptqOptions(group_size=given.group_size), samples=QUICK_SAMPLES if given.quick else given.samples
+        gptq=GptqOptions(group_size=given.group_size),
+        samples=given.samples or (QUICK_SAMPLES if given.quick else SAMPLES),
     )
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
@@ -145,8 +146,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="SOURCE_DIRECTORY")
     parser.add_argument("--limit", type=float, default=2.0, help="in percent")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=128, help="of calibration text")
-    parser.add_argument("--quick", action="store_true", help="few samples, and a part of the held-out texts")
+    parser.add_argument("--samples", type=int, help=f"of calibration text (default: {SAMPLES})")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_SAMPLES} samples unless given, and a quarter of the held-out texts",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, metavar="DIR", help="where walks and measurements stay; same options only")
     parser.add_argument("--json", type=Path, metavar="FILE")

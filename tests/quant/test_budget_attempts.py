@@ -87,7 +87,11 @@ def run(tmp_path: Path) -> SearchRun:
 @pytest.fixture
 def search(run: SearchRun, monkeypatch: pytest.MonkeyPatch) -> MadeUpSearch:
     made_up = MadeUpSearch(run.base.work)
-    monkeypatch.setattr(budget_attempts, "BudgetSearch", lambda run: made_up)
+
+    def open_search(run: SearchRun) -> MadeUpSearch:
+        return made_up
+
+    monkeypatch.setattr(budget_attempts, "BudgetSearch", open_search)
     return made_up
 
 
