@@ -143,11 +143,12 @@ def test_what_is_not_needed_is_given_back() -> None:
 
 
 def test_a_refinement_that_another_of_its_unit_rests_on_is_not_given_back() -> None:
-    units = [unit("a", 10.0, 6.0, 0.0), unit("b", 1.0, 0.0)]
-    order = order_refinements(units)
-    assert [(step.unit, step.rung) for step in order] == [(0, 1), (0, 2), (1, 1)]
-    found = search(units, 1.0)
+    units = [unit("a", 10.0, 9.6, 0.0, sizes=(100, 101, 200)), unit("b", 1.0, 0.0)]
+    assert [(step.unit, step.rung) for step in order_refinements(units)] == [(0, 1), (0, 2), (1, 1)]
+    model = SummedHarm(units)
+    found = search(units, 1.5, model)  # there is room for the harm that the first step removes
     assert [(step.unit, step.rung) for step in found.refinements] == [(0, 1), (0, 2)]
+    assert all(asked[:1] == found.refinements[:1] for asked in model.asked)
 
 
 def test_small_cases_are_as_small_as_the_best_of_all_mixtures() -> None:
