@@ -7,20 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant import budget_search, quantize_directory, texts
 from quant.budget_attempts import OverBudgetError
-from quant.budget_search import BudgetSearch, rung_options, search_cost
+from quant.budget_search import BudgetSearch, SearchRun, Walked, rung_options, search_cost
 from quant.errors import QuantizationError
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions
 from quant.layer_files import WorkDirectory
+from quant.layer_walk import insert_matrices, quantize_to_disk
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from quant.quantize_model import CalibrationWalk
 from quant.report import QuantizationReport
-from tests.quant.tiny_models import CONFIG, TinyAccess, tiny_decoder, write_source
+from serving.model.layer_source import DirectoryLayers
+from serving.model.weights import load_decoder
+from tests.quant.tiny_models import CONFIG, TinyAccess, tiny_decoder, tiny_ids, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +108,46 @@ def test_a_result_that_misses_the_limit_is_made_again_with_a_lower_aim(
     assert len(increases) == 3
     assert increases == sorted(increases, reverse=True)
     assert names_in(tmp_path) == ["out", "source"]
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> BudgetSearch:
+    """Over a tiny model's walks in 4 and in 8 bits."""
+    layers = DirectoryLayers(write_source(tmp_path / "source", torch.float32))
+    (tmp_path / "work").mkdir()
+    work = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG))
+    options = replace(OPTIONS, gptq=GptqOptions(group_size=32))
+    calibration, silent = tiny_ids(4, 32), SilentProgress()
+    reports = quantize_to_disk(layers, calibration, options.gptq, options.choice_of, work, silent)
+    held_out = [tiny_ids(3, 48, seed=1), tiny_ids(2, 48, seed=2)]
+    return BudgetSearch(SearchRun(layers, Walked(work, reports), calibration, held_out, options, silent))
+
+
+def test_a_mixture_takes_each_linear_from_the_walk_of_its_rung(search: BudgetSearch) -> None:
+    refined = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
+    taken = [step for step in search.order if refined.issuperset(search.units[step.unit].names)]
+    mixture = search.mixture(taken)
+    for index, report in enumerate(mixture.layers):
+        matrices = [walk.work.matrices(index) for walk in (mixture, *search.walks)]
+        for linear in report.linears:
+            walk = int(linear.name in refined)
+            assert linear in search.walks[walk].layers[index].linears
+            assert linear.bits == (4, 8)[walk]
+            assert torch.equal(matrices[0][linear.name].codes, matrices[1 + walk][linear.name].codes)
+
+
+def test_a_trial_is_the_loss_of_a_whole_model_with_those_linears(search: BudgetSearch, tmp_path: Path) -> None:
+    taken = search.order[:3]
+    decoder = load_decoder(tmp_path / "source")
+    for index, layer in enumerate(decoder.layers):
+        insert_matrices(layer, f"model.layers.{index}", search.mixture(taken).work.matrices(index))
+    expected: list[float] = []
+    with torch.inference_mode():
+        for ids in (tiny_ids(3, 48, seed=1), tiny_ids(2, 48, seed=2)):
+            logits = decoder(ids)[:, :-1].flatten(0, 1)
+            expected.append(float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())))
+    assert search.losses(taken, "") == pytest.approx(expected, abs=1e-5)
+    assert search.losses((), "") != pytest.approx(expected, abs=1e-5)
 
 
 def test_a_mixture_has_what_belongs_to_no_layer_from_the_first_walk(tmp_path: Path) -> None:
