@@ -71,8 +71,8 @@ def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
         type=_percent,
         metavar="PCT",
         help="budget, as in 2%% (or 2): linears that need it get a smaller group or 8 bits until the result keeps it "
-        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes several "
-        "times as long; the result has mixed widths, which fewer engines load",
+        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes two to "
+        "three times as long; the result has mixed widths, which fewer engines load",
     )
     return parser.parse_args(_with_act_order_kind(argv))
 

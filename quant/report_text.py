@@ -106,9 +106,10 @@ def _budget_table(report: QuantizationReport) -> list[str]:
     if not report.budget_trials:
         return [f"At most {report.budget_percent:g} % more perplexity was allowed: kept without refining any linear."]
     return [
-        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first:",
+        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first. Of each mixture that was "
+        "tried: what all linears weigh, and perplexity on the worse of the texts, with what serving adds:",
         "",
-        "| linears refined | their weights | perplexity |",
+        "| linears refined | all linears | perplexity |",
         "| --: | --: | --: |",
         *(
             f"| {trial.refined} | {_megabytes(trial.weight_bytes)} | {trial.increase_percent:+.2f} % |"
