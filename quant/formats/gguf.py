@@ -101,6 +101,20 @@ def _from_q4_1(blocks: Bytes) -> Floats:
     return half_numbers(blocks[:, :2]) * nibbles(blocks[:, 4:]) + half_numbers(blocks[:, 2:4])
 
 
+def _fives(high_bits: Bytes, packed: Bytes) -> Bytes:
+    """(blocks, 4) fifth bits, one of each code in order, and (blocks, 16) nibbles -> (blocks, 32) codes below 32."""
+    return nibbles(packed) | (np.unpackbits(high_bits, axis=1, bitorder="little") << np.uint8(4))
+
+
+def _from_q5_0(blocks: Bytes) -> Floats:
+    codes = _fives(blocks[:, 2:6], blocks[:, 6:]).astype(np.int8) - np.int8(16)
+    return half_numbers(blocks[:, :2]) * codes
+
+
+def _from_q5_1(blocks: Bytes) -> Floats:
+    return half_numbers(blocks[:, :2]) * _fives(blocks[:, 4:8], blocks[:, 8:]) + half_numbers(blocks[:, 2:4])
+
+
 def _from_q4_k(blocks: Bytes) -> Floats:
     """256 numbers: fp16 scales of the scales and of the minimums, 8 six-bit pairs of those in 12 bytes, 8 runs of 32
     nibbles, two runs sharing their bytes."""
@@ -133,6 +147,9 @@ TENSOR_TYPES: Final[Mapping[int, TensorType]] = {
     1: TensorType("F16", 1, 2, _from_f16),
     2: TensorType("Q4_0", 32, 18, _from_q4_0),
     3: TensorType("Q4_1", 32, 20, _from_q4_1),
+    # What llama.cpp's K-quants become in rows that are no multiple of 256.
+    6: TensorType("Q5_0", 32, 22, _from_q5_0),
+    7: TensorType("Q5_1", 32, 24, _from_q5_1),
     8: TensorType("Q8_0", 32, 34, _from_q8_0),
     12: TensorType("Q4_K", 256, 144, _from_q4_k),
     14: TensorType("Q6_K", 256, 210, _from_q6_k),
