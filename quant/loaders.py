@@ -83,8 +83,8 @@ def _obstacles_vllm(written: WrittenFormat) -> list[str]:
     found = _mixture(written) + _quantised_ends(written)
     if not written.symmetric:
         found.append("it takes symmetric groups only (--sym)")
-    if -1 in written.group_sizes:
-        found.append("it was seen to load groups of 32 to 128, not one group a row")
+    if 8 in written.bits:
+        found.append("its CPU build takes 4 bits only")
     if written.act_order == "shuffled":
         found.append("it takes no g_idx that shuffles (--act-order=static)")
     return found
