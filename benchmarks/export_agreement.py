@@ -32,6 +32,8 @@ from quant.export import Embeddings, export_gguf
 from quant.formats.gguf_blocks import BLOCK
 from quant.int4_linear import QuantizedLinear
 from quant.progress import SilentProgress
+from serving.engine.logits import serving_logits
+from serving.engine.prepare import prepare
 from serving.model.chat_template import find_template
 from serving.model.transformer import Decoder
 from serving.model.weights import load_decoder
@@ -134,17 +136,15 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 def measure(options: Options) -> tuple[dict[str, Row], dict[str, float]]:
     """The distance of each pair of sides by their names, and the perplexity of each side."""
-    access = ServingAccess()
-    ids = encode_rows(bundled_rows(BUNDLED_HELD_OUT), access.encoder(options.model))
+    ids = encode_rows(bundled_rows(BUNDLED_HELD_OUT), ServingAccess().encoder(options.model))
     windows = held_out_windows(ids, options.window, options.tokens)
     plain = load_decoder(options.model, dtype=torch.float32)
     rounding = load_decoder(options.model, dtype=torch.float32)
     round_activations(rounding, options.float16_bits)
-    served = access.serving_logits(options.model)
-    assert served is not None
+    served = prepare(load_decoder(options.model, dtype=torch.bfloat16), exact=False)
     sides: dict[str, WindowLogits] = {
         PLAIN: lambda index: plain(windows[index][None])[0],
-        SERVED: lambda index: served(windows[index]),
+        SERVED: lambda index: serving_logits(served, windows[index]),
         ROUNDED: lambda index: rounding(windows[index][None])[0],
     }
     with torch.inference_mode(), _llama_cpp(options, windows) as builds:
