@@ -21,8 +21,9 @@ from typing import Final, cast
 import torch
 
 from quant.errors import CheckpointError, QuantizationError
-from quant.formats.autogptq import PACKED_SUFFIXES, pack_linear, parse_settings, unpack_linear
+from quant.formats.autogptq import PACKED_SUFFIXES, GptqSettings, pack_linear, unpack_linear
 from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames
 from quant.formats.tensor_files import TensorFile, held, write_tensors
 from quant.matrix import QuantizedMatrix
@@ -49,10 +50,11 @@ def fingerprint(parts: Mapping[str, object]) -> str:
 class WorkDirectory:
     """Quantised layers by their number. One process at a time: it holds a lock while it is open."""
 
-    def __init__(self, path: Path, names: CheckpointNames) -> None:
-        """names: those of the result, which the layers' files have already."""
+    def __init__(self, path: Path, names: CheckpointNames, checkpoint_format: CheckpointFormat) -> None:
+        """names, checkpoint_format: those of the result, which the layers' files have already."""
         self.path = path
         self._names = names
+        self._format = checkpoint_format
 
     def has(self, index: int) -> bool:
         """Whether the layer is done. A file that was cut short does not count."""
@@ -79,7 +81,7 @@ class WorkDirectory:
         tensors = [
             held(f"{name}.{part}", tensor)
             for name, matrix in stored.items()
-            for part, tensor in pack_linear(matrix).items()
+            for part, tensor in pack_linear(matrix, self._format).items()
         ]
         write_tensors(partial, tensors, {"format": "pt", "report": json.dumps(asdict(report))})
         for name, matrix in matrices.items():
@@ -94,7 +96,7 @@ class WorkDirectory:
         file = TensorFile(self.file(index))
         found: dict[str, QuantizedMatrix] = {}
         for stored, choice in self.choices(index).items():
-            settings = parse_settings({"bits": choice.bits, "group_size": choice.group_size}, str(file.path))
+            settings = GptqSettings(choice.bits, choice.group_size, self._format)
             tensors = {suffix[1:]: file.read(stored + suffix) for suffix in PACKED_SUFFIXES}
             found.update(self._names.split_matrix(stored, unpack_linear(stored, tensors, settings)))
         return found
@@ -109,7 +111,7 @@ class WorkDirectory:
     def _require_equal(self, file: Path, name: str, matrix: QuantizedMatrix) -> None:
         """Whether independent code makes of the file exactly the weight that was quantised."""
         place = self._names.stored(name)
-        weight = stored_weight(file, place.name)
+        weight = stored_weight(file, place.name, zero_offset=int(self._format is CheckpointFormat.V1))
         if place.part is not None:
             weight = rows_of_head_parts(weight, place.part, self._names.head_dim)
         difference = float((torch.from_numpy(weight) - matrix.dequantize()).abs().max())
@@ -123,7 +125,7 @@ class WorkDirectory:
         """One more, in a folder of this one: it stays and goes with it, under the same lock."""
         path = self.path / name
         path.mkdir(exist_ok=True)
-        return WorkDirectory(path, self._names)
+        return WorkDirectory(path, self._names, self._format)
 
     def link_others(self, others: WorkDirectory) -> None:
         """Take over what lies in `others` and not here, without a copy: what belongs to no layer."""
@@ -136,8 +138,10 @@ class WorkDirectory:
 
 
 @contextlib.contextmanager
-def open_work(out: Path, mark: str, names: CheckpointNames) -> Generator[WorkDirectory]:
-    """The work directory of result `out` and fingerprint `mark`.
+def open_work(
+    out: Path, mark: str, names: CheckpointNames, checkpoint_format: CheckpointFormat
+) -> Generator[WorkDirectory]:
+    """The work directory of result `out` and fingerprint `mark`; the rest is as in WorkDirectory.
 
     It stays where going on makes sense: after an interruption, a full disk or anything unforeseen. It is removed when
     the block ends well, and after errors that the same command would meet again. Raises QuantizationError while
@@ -152,7 +156,7 @@ def open_work(out: Path, mark: str, names: CheckpointNames) -> Generator[WorkDir
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise QuantizationError(f"another process is making {out} just now, in {path}; wait for it") from error
-        work = WorkDirectory(path, names)
+        work = WorkDirectory(path, names, checkpoint_format)
         try:
             yield work
         except DiskFullError:

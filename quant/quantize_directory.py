@@ -99,6 +99,7 @@ class _Run:
                 "eight_bit": sorted(options.eight_bit),
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
                 "products": str(fast_product_dtype()),
+                "format": options.checkpoint_format,
             }
         )
 
@@ -117,7 +118,10 @@ def quantize_with(
     run = _prepare(access, source, out, options, progress)
     _mention_other_works(out, run.mark)
     names = checkpoint_names(read_json(run.source / "config.json"))
-    with open_work(out, run.mark, names) as work, full_disk_named(out, work, run.layers.num_layers):
+    with (
+        open_work(out, run.mark, names, run.options.checkpoint_format) as work,
+        full_disk_named(out, work, run.layers.num_layers),
+    ):
         remove_leftovers_of(out)
         quantize_started = time.monotonic()
         base = Walked(work, _quantize(run, work))
@@ -198,7 +202,9 @@ def _write(run: _Run, work: WorkDirectory, directory: Path) -> None:
     for index in indices:
         choices.update(work.choices(index))
     files = [work.file(index) for index in indices]
-    write_checkpoint(run.source, directory, files, choices, run.options.gptq)
+    write_checkpoint(
+        run.source, directory, files, choices, run.options.gptq, checkpoint_format=run.options.checkpoint_format
+    )
     require_same_tensors(directory, files)
     run.progress.update(stage, 1, 1)
 
@@ -262,6 +268,7 @@ def _report(
         seed=options.seed,
         adapter=options.merged_from[1].name if options.merged_from else None,
         budget_percent=options.max_perplexity_increase,
+        checkpoint_format=options.checkpoint_format,
     )
 
 
@@ -292,6 +299,7 @@ def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
         "group_size": report.group_size,
         "symmetric": gptq.symmetric,
         "act_order": gptq.act_order,
+        "format": options.checkpoint_format,
         "damp": gptq.damp,
         "samples": options.samples,
         "seq_len": options.seq_len,
