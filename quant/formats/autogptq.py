@@ -147,16 +147,53 @@ def pack_linear(
 
 def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettings) -> QuantizedMatrix:
     """Rebuild linear `name` from its stored tensors. CheckpointError says what is missing, misshapen or unsupported."""
+    return open_packed(name, tensors, settings).matrix()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A quantised matrix whose codes stay packed, for tables of which some rows are wanted at a time.
+
+    qweight: int32 (in / pack, out); all else as in `QuantizedMatrix`
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+    group_of_input: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.scales.shape[0], self.qweight.shape[0] * codes_per_word(self.bits)
+
+    def matrix(self, outputs: slice | Tensor = slice(None)) -> QuantizedMatrix:
+        """Those outputs, a run of them or by their numbers (n,) int64."""
+        return QuantizedMatrix(
+            codes=unpack_columns(self.qweight[:, outputs].t(), self.bits),
+            scales=self.scales[outputs],
+            zeros=self.zeros[outputs],
+            bits=self.bits,
+            group_size=self.group_size,
+            group_of_input=self.group_of_input,
+        )
+
+
+def open_packed(name: str, tensors: Mapping[str, Tensor], settings: GptqSettings) -> PackedMatrix:
+    """Linear `name` from its stored tensors, without unpacking its codes. Raises as `unpack_linear` does."""
     for part in ("qweight", "qzeros", "scales"):
         if part not in tensors:
             raise CheckpointError(f"{name}: tensor {name}.{part} is missing")
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    if qweight.dim() != 2 or scales.dim() != 2:
+        raise CheckpointError(f"{name}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} must be tables")
     g_idx = tensors.get("g_idx")
     bits = settings.bits if g_idx is None else _bits_from_shape(name, qweight, g_idx)
-    codes = unpack_columns(qweight.t(), bits)
-    out_features, in_features = codes.shape
+    in_features, out_features = qweight.shape[0] * WORD_BITS // bits, qweight.shape[1]
     groups = scales.shape[0]
-    if scales.dim() != 2 or scales.shape[1] != out_features:
+    if scales.shape[1] != out_features:
         raise CheckpointError(f"{name}: scales {tuple(scales.shape)} do not fit {out_features} outputs")
     group_size, group_of_input = _groups(name, g_idx, in_features, groups)
     if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
@@ -164,8 +201,8 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     zeros = unpack_columns(qzeros, bits)
     if settings.checkpoint_format is CheckpointFormat.V1:
         zeros = _restore_v1_zeros(name, zeros, bits)
-    return QuantizedMatrix(
-        codes=codes,
+    return PackedMatrix(
+        qweight=qweight,
         scales=scales.t().to(torch.float32).contiguous(),
         zeros=zeros.t().contiguous(),
         bits=bits,
