@@ -19,6 +19,7 @@ class WrittenFormat:
     bits, group_sizes: every value that occurs in the decoder's layers; -1 is one group over all inputs
     act_order:         "none", "static" (groups stay in order) or "shuffled" (a g_idx that is not trivial)
     head_bits, embedding_bits: None where they are plain
+    has_tied_table:    whether the two are one quantised table
     """
 
     bits: frozenset[int]
@@ -27,10 +28,13 @@ class WrittenFormat:
     act_order: str = "none"
     head_bits: int | None = None
     embedding_bits: int | None = None
+    has_tied_table: bool = False
 
     @property
     def is_mixed(self) -> bool:
-        return len(self.bits) > 1 or len(self.group_sizes) > 1
+        """A head or embeddings with other bits than the layers count as well."""
+        ends = {bits for bits in (self.head_bits, self.embedding_bits) if bits is not None}
+        return len(self.bits | ends) > 1 or len(self.group_sizes) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,13 @@ def _how(tool: str, written: WrittenFormat) -> str:
 
 
 def _obstacles_gptqmodel(written: WrittenFormat) -> list[str]:
-    return _quantised_ends(written)
+    return ["it reads head and embeddings as two tables, not as one"] if written.has_tied_table else []
 
 
 def _obstacles_vllm(written: WrittenFormat) -> list[str]:
-    found = _mixture(written) + _quantised_ends(written)
+    found = _mixture(written)
+    if written.embedding_bits is not None:
+        found.append("it reads plain embeddings")
     if not written.symmetric:
         found.append("it takes symmetric groups only (--sym)")
     if -1 in written.group_sizes:
@@ -84,7 +90,8 @@ def _obstacles_vllm(written: WrittenFormat) -> list[str]:
 
 
 def _obstacles_auto_gptq(written: WrittenFormat) -> list[str]:
-    return _mixture(written) + _quantised_ends(written)
+    ends = (written.head_bits, written.embedding_bits)
+    return _mixture(written) + (["it reads a plain head and embeddings"] if ends != (None, None) else [])
 
 
 def _obstacles_gguf(written: WrittenFormat) -> list[str]:
@@ -99,9 +106,3 @@ def _obstacles_gguf(written: WrittenFormat) -> list[str]:
 
 def _mixture(written: WrittenFormat) -> list[str]:
     return ["it takes one width and group size for the whole file"] if written.is_mixed else []
-
-
-def _quantised_ends(written: WrittenFormat) -> list[str]:
-    ends = (("head", written.head_bits), ("embeddings", written.embedding_bits))
-    named = [f"{name} in {bits} bits" for name, bits in ends if bits is not None]
-    return [f"only Causerie reads {' and '.join(named)}"] if named else []

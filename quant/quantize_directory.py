@@ -24,6 +24,7 @@ from quant.budget import BudgetUnreachableError
 from quant.budget_search import BudgetSearch, FoundChoices, SearchRun, open_search
 from quant.calibration import Encoder
 from quant.compare_texts import compare_texts
+from quant.ends import EMBEDDINGS, HEAD, choose_ends
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, read_json
 from quant.formats.autogptq_writer import write_checkpoint
@@ -97,6 +98,7 @@ class _Run:
     source: Path
     source_sha256: str
     layers: LayerSource
+    ends: Mapping[str, LinearChoice]
     options: QuantizeOptions
     texts: RunTexts
     progress: ProgressSink
@@ -114,6 +116,7 @@ class _Run:
                 "gptq": asdict(options.gptq),
                 "eight_bit": sorted(options.eight_bit),
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
+                "ends": {name: asdict(choice) for name, choice in self.ends.items()},
                 "products": str(fast_product_dtype()),
             }
         )
@@ -148,7 +151,9 @@ def _quantize_once(run: _Run, out: Path, trials: tuple[BudgetTrial, ...] = ()) -
         with publish_directory(out) as directory:
             _write(run, work, directory)
             texts = _measure(run, layers, directory)
-            report = replace(_report(run, layers, texts, directory, quantize_seconds), budget_trials=trials)
+            report = _report(run, layers, texts, directory, quantize_seconds)
+            ends = tuple(map(work.end_report, run.ends))
+            report = replace(report, ends=ends, budget_trials=trials)
             _refuse_bad_quality(report, work)
             report = _with_speeds(run, report, directory)
             write_report(directory, report)
@@ -224,7 +229,8 @@ def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOpti
     layers = access.open(source)
     plan = require_room(layers, options, out)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
-    return _Run(access, source, hash_directory(source), layers, settled, texts, progress, started)
+    ends = choose_ends(layers, settled)
+    return _Run(access, source, hash_directory(source), layers, ends, settled, texts, progress, started)
 
 
 def _mention_other_works(out: Path, mark: str) -> None:
@@ -237,19 +243,23 @@ def _quantize(run: _Run, work: WorkDirectory) -> list[LayerReport]:
     done = work.num_done(run.layers.num_layers)
     if done:
         logger.info("quantising_goes_on layer=%d of=%d work=%s", done, run.layers.num_layers, work.path)
-    return quantize_to_disk(run.layers, run.texts.calibration, options.gptq, options.choice_of, work, run.progress)
+    calibration = run.texts.calibration
+    return quantize_to_disk(run.layers, calibration, options.gptq, options.choice_of, work, run.progress, ends=run.ends)
 
 
 def _write(run: _Run, work: WorkDirectory, directory: Path) -> None:
-    """The result's files, from those of the layers; read back against them."""
+    """The result's files, from those of layers and ends; read back against them."""
     stage = "Writing"
     run.progress.update(stage, 0, 1)
     indices = range(run.layers.num_layers)
     choices: dict[str, LinearChoice] = {}
     for index in indices:
         choices.update(work.choices(index))
-    files = [work.file(index) for index in indices]
-    write_checkpoint(run.source, directory, files, choices, run.options.gptq)
+    choices.update(work.end_choices(run.ends))
+    files = [*(work.file(index) for index in indices), *map(work.end_file, run.ends)]
+    # Some files hold a tied head too, which nobody reads.
+    left_out = (HEAD,) if run.layers.is_tied and run.ends else ()
+    write_checkpoint(run.source, directory, files, choices, run.options.gptq, left_out=left_out)
     require_same_tensors(directory, files)
     run.progress.update(stage, 1, 1)
 
@@ -275,6 +285,7 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     choices = {
         linear.name: LinearChoice(linear.bits, linear.group_size) for layer in layers for linear in layer.linears
     }
+    choices.update(run.ends)
     windows = torch.cat([text.windows for text in run.texts.held_out])
     stage = "Measuring source and result"
     result = run.access.open(directory)
@@ -313,7 +324,13 @@ def _report(
         seed=options.seed,
         adapter=options.merged_from[1].name if options.merged_from else None,
         budget_percent=options.max_perplexity_increase,
+        head_bits=_bits_of(run, EMBEDDINGS if run.layers.is_tied else HEAD),
+        embedding_bits=_bits_of(run, EMBEDDINGS),
     )
+
+
+def _bits_of(run: _Run, end: str) -> int | None:
+    return run.ends[end].bits if end in run.ends else None
 
 
 def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
@@ -340,6 +357,8 @@ def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
         "method": "gptq",
         "bits": gptq.bits,
         "eight_bit": list(options.eight_bit),
+        "head_bits": report.head_bits,
+        "embedding_bits": report.embedding_bits,
         "group_size": report.group_size,
         "symmetric": gptq.symmetric,
         "act_order": gptq.act_order,

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quant.ends import HEAD
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
-from quant.quantize_model import LayerReport
+from quant.quantize_model import LayerReport, LinearReport
 from quant.report_summary import REPORT_JSON, summary_of
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class QuantizationReport:
     calibration:     the file that the calibration text came from
     texts:           the held-out texts, at least one
     layers:          bits, group size and error of every linear
+    ends:            likewise of the tables of the vocabulary that are quantised; a tied one is the embeddings
+    head_bits, embedding_bits: None where they are plain
     source_bytes, quantized_bytes: of the weight files
     source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
     budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
@@ -113,6 +116,7 @@ class QuantizationReport:
     range_search: bool = True
     head_bits: int | None = None
     embedding_bits: int | None = None
+    ends: tuple[LinearReport, ...] = ()
     adapter: str | None = None
     seed: int = 0
     source_speed: DecodeSpeed | None = None
@@ -136,6 +140,11 @@ class QuantizationReport:
         return max(path.mean_kl for text in self.texts for path in text.result_paths)
 
     @property
+    def has_tied_table(self) -> bool:
+        """Whether head and embeddings are one quantised table."""
+        return self.head_bits is not None and all(end.name != HEAD for end in self.ends)
+
+    @property
     def written_format(self) -> WrittenFormat:
         linears = [linear for layer in self.layers for linear in layer.linears]
         return WrittenFormat(
@@ -145,6 +154,7 @@ class QuantizationReport:
             act_order=self.act_order,
             head_bits=self.head_bits,
             embedding_bits=self.embedding_bits,
+            has_tied_table=self.has_tied_table,
         )
 
     @property

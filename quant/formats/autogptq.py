@@ -8,7 +8,7 @@ are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -90,10 +90,13 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     )
 
 
-def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix.
+def iterate_quantized_linears(
+    directory: Path, *, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix; embeddings too.
 
     One tensor on disk is in memory at a time; a fused one comes as the linears that it is made of.
+    wanted: of a name on disk, whether to read it
     """
     settings = gptq_settings(directory)
     if settings is None:
@@ -104,9 +107,9 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
         # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
         file_at = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(file_of_tensor.values())}
         for name in sorted(file_of_tensor):
-            if not name.endswith(".qweight"):
-                continue
             linear = name.removesuffix(".qweight")
+            if linear == name or not wanted(linear):
+                continue
             stored = {suffix: linear + suffix for suffix in PACKED_SUFFIXES if linear + suffix in file_of_tensor}
             tensors: dict[str, Tensor] = {
                 suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
@@ -126,6 +129,11 @@ def pack_linear(
 
     Raises ValueError for a zero point of 0 in version 1: minus one it would borrow from every later code of its word.
     """
+    return {"qweight": pack_rows(matrix.codes.t(), matrix.bits), **pack_grids(matrix, checkpoint_format)}
+
+
+def pack_grids(matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat = CheckpointFormat.V1) -> dict[str, Tensor]:
+    """All but the codes: qzeros, scales, g_idx. Raises ValueError as `pack_linear` does."""
     per_word = codes_per_word(matrix.bits)
     if matrix.in_features % per_word or matrix.out_features % per_word:
         raise ValueError(
@@ -138,7 +146,6 @@ def pack_linear(
         zeros = zeros - 1
     trivial = torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size
     return {
-        "qweight": pack_rows(matrix.codes.t(), matrix.bits),
         "qzeros": pack_columns(zeros, matrix.bits),
         "scales": matrix.scales.t().to(torch.float16).contiguous(),
         "g_idx": trivial if matrix.group_of_input is None else matrix.group_of_input,

@@ -230,8 +230,8 @@ def test_a_large_result_is_written_in_shards_that_load(tmp_path: Path, monkeypat
     quantize(source, tmp_path / "one")
     real = autogptq_writer.write_checkpoint
 
-    def in_shards(*arguments: object) -> None:
-        real(*arguments, shard_bytes=20_000)  # type: ignore[arg-type]
+    def in_shards(*arguments: object, **named: object) -> None:
+        real(*arguments, **named, shard_bytes=20_000)  # type: ignore[arg-type]
 
     monkeypatch.setattr(quantize_directory, "write_checkpoint", in_shards)
     quantize(source, tmp_path / "many")
