@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quant.ends import HEAD
+from quant.ends import EMBEDDINGS
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
@@ -142,7 +142,7 @@ class QuantizationReport:
     @property
     def has_tied_table(self) -> bool:
         """Whether head and embeddings are one quantised table."""
-        return self.head_bits is not None and all(end.name != HEAD for end in self.ends)
+        return self.head_bits is not None and [end.name for end in self.ends] == [EMBEDDINGS]
 
     @property
     def written_format(self) -> WrittenFormat:

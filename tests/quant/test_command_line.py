@@ -13,6 +13,7 @@ pytestmark = pytest.mark.unit
 
 FLAGS = (
     *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym"),
+    *("--head-bits", "--embedding-bits"),
     *("--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
     *("--seed", "--max-perplexity-increase"),
 )
@@ -47,7 +48,7 @@ def test_help_teaches_with_examples_that_parse(capsys: pytest.CaptureFixture[str
 def test_the_defaults_are_the_format_that_any_engine_loads() -> None:
     found = parse_quantize(["model", "out"])
     assert (found.bits, found.group_size, found.sym, found.act_order, found.mse_search) == (4, None, True, "none", "on")
-    assert (found.adapter, found.plan) == (None, False)
+    assert (found.adapter, found.plan, found.head_bits, found.embedding_bits) == (None, False, None, None)
 
 
 @pytest.mark.parametrize(
