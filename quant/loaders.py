@@ -18,8 +18,7 @@ class WrittenFormat:
 
     bits, group_sizes: every value that occurs in the decoder's layers; -1 is one group over all inputs
     act_order:         "none", "static" (groups stay in order) or "shuffled" (a g_idx that is not trivial)
-    head_bits, embedding_bits: None where they are plain
-    has_tied_table:    whether the two are one quantised table
+    head_bits, embedding_bits: None where they are plain; both where they are one quantised table
     """
 
     bits: frozenset[int]
@@ -28,7 +27,6 @@ class WrittenFormat:
     act_order: str = "none"
     head_bits: int | None = None
     embedding_bits: int | None = None
-    has_tied_table: bool = False
 
     @property
     def is_mixed(self) -> bool:
@@ -73,7 +71,8 @@ def _how(tool: str, written: WrittenFormat) -> str:
 
 
 def _obstacles_gptqmodel(written: WrittenFormat) -> list[str]:
-    return ["it reads head and embeddings as two tables, not as one"] if written.has_tied_table else []
+    # Its own have groups of tokens, not of a token's values, and it takes these for such.
+    return ["it lays packed embeddings out in another way"] if written.embedding_bits is not None else []
 
 
 def _obstacles_vllm(written: WrittenFormat) -> list[str]:

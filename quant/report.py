@@ -154,7 +154,6 @@ class QuantizationReport:
             act_order=self.act_order,
             head_bits=self.head_bits,
             embedding_bits=self.embedding_bits,
-            has_tied_table=self.has_tied_table,
         )
 
     @property

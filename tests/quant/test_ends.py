@@ -15,6 +15,7 @@ from quant.ends import EMBEDDINGS, HEAD, choose_ends, quantize_table, round_tabl
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import open_packed, pack_linear, parse_settings
 from quant.formats.autogptq_check import stored_weight
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions, quantize_matrix, round_to_nearest
 from quant.options import QuantizeOptions
 from quant.plan import Machine, Rates, make_plan, sizes_of
@@ -58,15 +59,14 @@ def test_every_reader_sees_the_same_ends(tmp_path: Path, form: str, head: int | 
     is_tied = form in ("tied", "bloom")
     if is_tied and head and embeddings:
         head = embeddings
-    source, out = write_source(tmp_path / "source", **FORMS[form]), tmp_path / "out"
+    source, out = write_source(tmp_path / "source", torch.float16, **FORMS[form]), tmp_path / "out"
     report = quantize(source, out, head=head, embeddings=embeddings)
     decoder, layers = load_decoder(out), DirectoryLayers(out)
-    names = {"gpt_neox": ("gpt_neox.embed_in", "embed_out"), "bloom": ("transformer.word_embeddings", "")}
-    on_disk = dict(zip((EMBEDDINGS, HEAD), names.get(form, (EMBEDDINGS, HEAD)), strict=True))
+    names = checkpoint_names(json.loads((source / "config.json").read_text()))
 
     found = decoder(IDS)
     for name in (end.name for end in report.ends):
-        checked = torch.from_numpy(stored_weight(out / "model.safetensors", on_disk[name]))
+        checked = torch.from_numpy(stored_weight(out / "model.safetensors", names.stored(name).name))
         assert torch.equal(layers.table(name).rows(0, 128), checked)
         if name == EMBEDDINGS:
             assert torch.equal(decoder.model.embed_tokens.weight, checked)
@@ -135,7 +135,7 @@ class StoppedError(BaseException):
 def test_a_run_that_stopped_before_its_head_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    source = write_source(tmp_path / "source", **FORMS[form])
+    source = write_source(tmp_path / "source", torch.float16, **FORMS[form])
     quantize(source, tmp_path / "whole", head=4, embeddings=4)
     real, last = layer_walk.quantize_table, HEAD if form == "untied" else EMBEDDINGS
 
@@ -162,7 +162,7 @@ def test_a_run_that_stopped_before_its_head_goes_on_there(
 
 
 def test_what_follows_is_calibrated_on_quantised_embeddings(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **UNTIED)
+    source = write_source(tmp_path / "source", torch.float16, **UNTIED)
     quantize(source, tmp_path / "plain", head=None, embeddings=None)
     quantize(source, tmp_path / "out", head=None, embeddings=4)
     name = "model.layers.0.self_attn.q_proj.qweight"
@@ -171,7 +171,7 @@ def test_what_follows_is_calibrated_on_quantised_embeddings(tmp_path: Path) -> N
 
 
 def test_perplexity_is_measured_with_the_quantised_ends_and_so_is_the_baseline(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **UNTIED)
+    source = write_source(tmp_path / "source", torch.float16, **UNTIED)
     plain = quantize(source, tmp_path / "plain", head=None, embeddings=None).texts[0]
     ends = quantize(source, tmp_path / "ends", head=4, embeddings=4).texts[0]
     assert ends.plain.mean_kl > 1.2 * plain.plain.mean_kl
@@ -181,7 +181,7 @@ def test_perplexity_is_measured_with_the_quantised_ends_and_so_is_the_baseline(t
 
 
 def test_report_names_the_ends_and_who_cannot_load_them(tmp_path: Path) -> None:
-    source, out = write_source(tmp_path / "source", **TIED), tmp_path / "out"
+    source, out = write_source(tmp_path / "source", torch.float16, **TIED), tmp_path / "out"
     report = quantize(source, out, head=8, embeddings=None)
     assert {loader.tool for loader in report.who_loads if loader.loads} == {"Causerie", "llama.cpp, Ollama"}
     text = (out / "quantization_report.md").read_text()
@@ -192,7 +192,7 @@ def test_report_names_the_ends_and_who_cannot_load_them(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **TIED)
+    source = write_source(tmp_path / "source", torch.float16, **TIED)
     tensors = load_file(source / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, source / "model.safetensors")
     quantize(source, tmp_path / "out", head=8, embeddings=None)
@@ -200,21 +200,21 @@ def test_a_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
 
 
 def test_one_table_cannot_have_two_widths(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **TIED)
+    source = write_source(tmp_path / "source", torch.float16, **TIED)
     with pytest.raises(QuantizationError, match=r"one table, which cannot have 8 bits and 4 bits .*same value"):
         quantize(source, tmp_path / "out", head=8, embeddings=4)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_vocabulary_that_does_not_fill_whole_words_is_refused(tmp_path: Path) -> None:
-    source = DirectoryLayers(write_source(tmp_path / "source", vocab_size=132, **UNTIED))
+    source = DirectoryLayers(write_source(tmp_path / "source", torch.float16, vocab_size=132, **UNTIED))
     with pytest.raises(QuantizationError, match=r"lm_head has 132 rows, .* words of 8 codes"):
         choose_ends(source, replace(OPTIONS, head_bits=4))
     assert set(choose_ends(source, replace(OPTIONS, head_bits=8))) == {HEAD}
 
 
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **UNTIED)
+    source = write_source(tmp_path / "source", torch.float16, **UNTIED)
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"][3, 3] = torch.nan
     save_file(tensors, source / "model.safetensors")
@@ -225,7 +225,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
 @pytest.mark.parametrize("change", ["rows", "beside", "missing"])
 def test_packed_ends_that_do_not_fit_are_refused_by_both_loaders(tmp_path: Path, name: str, change: str) -> None:
-    source, out = write_source(tmp_path / "source", **UNTIED), tmp_path / "out"
+    source, out = write_source(tmp_path / "source", torch.float16, **UNTIED), tmp_path / "out"
     quantize(source, out, head=8, embeddings=8)
     tensors = load_file(out / "model.safetensors")
     if change == "rows":
@@ -243,7 +243,7 @@ def test_packed_ends_that_do_not_fit_are_refused_by_both_loaders(tmp_path: Path,
 
 
 def test_the_plan_counts_the_ends_as_they_will_be(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", **UNTIED)
+    source = write_source(tmp_path / "source", torch.float16, **UNTIED)
     machine = Machine(10**12, 10**12, 1, Rates(1e9, 1e9, 1e9, 1e-6))
     sizes = sizes_of(DirectoryLayers(source))
     options = replace(OPTIONS, gptq=GptqOptions(group_size=32), head_bits=8, embedding_bits=4)

@@ -32,11 +32,7 @@ def test_the_common_format_is_loaded_by_every_tool() -> None:
         ({"group_sizes": frozenset({48})}, {"llama.cpp, Ollama"}),
         ({"head_bits": 4}, {"AutoGPTQ 0.7"}),
         ({"head_bits": 8}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
-        ({"embedding_bits": 4}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
-        (
-            {"head_bits": 4, "embedding_bits": 4, "has_tied_table": True},
-            {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"},
-        ),
+        ({"embedding_bits": 4}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
     ],
 )
 def test_a_feature_that_a_tool_lacks_is_said_with_a_reason(changes: dict[str, object], refusing: set[str]) -> None:
