@@ -23,6 +23,8 @@ from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from quant.report import QuantizationReport
 from quant.tables import CodedTable, HeldTable
+from serving.engine.logits import serving_logits
+from serving.engine.prepare import prepare
 from serving.model.layer_source import DirectoryLayers
 from serving.model.weights import load_decoder
 from tests.quant.tiny_models import BLOOM, GPT_NEOX, TinyAccess, write_source
@@ -64,7 +66,7 @@ def test_every_reader_sees_the_same_ends(tmp_path: Path, form: str, head: int | 
     decoder, layers = load_decoder(out), DirectoryLayers(out)
     names = checkpoint_names(json.loads((source / "config.json").read_text()))
 
-    found = decoder(IDS)
+    found = decoder(IDS).detach()
     for name in (end.name for end in report.ends):
         checked = torch.from_numpy(stored_weight(out / "model.safetensors", names.stored(name).name))
         assert torch.equal(layers.table(name).rows(0, 128), checked)
@@ -76,6 +78,8 @@ def test_every_reader_sees_the_same_ends(tmp_path: Path, form: str, head: int | 
         for index in range(layers.num_layers):
             hidden = layers.layer(index)(hidden, *tables)
         assert float((layers.logits(layers.final_norm(hidden)[0]) - found[0]).abs().max()) < 1e-4
+    served = serving_logits(prepare(decoder, exact=True), IDS[0])
+    assert float((served - found[0]).abs().max()) < 1e-4
 
     expected = {EMBEDDINGS} if is_tied else {name for name, bits in ((EMBEDDINGS, embeddings), (HEAD, head)) if bits}
     assert {end.name for end in report.ends} == expected
