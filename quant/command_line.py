@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import WrittenFormat, refusing_tools
 
 DESCRIPTION = """\
@@ -23,7 +24,7 @@ examples:
   causerie quantize ./checkpoint ./my-model --act-order      usually a little better; takes the same time
   causerie quantize ./checkpoint ./my-model --calibration chats.jsonl --max-perplexity-increase 2%
   causerie quantize ./checkpoint ./my-model --adapter ./lora the base with an adapter merged into it first
-  causerie quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen --asym --group-size 32
+  causerie quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen --asym --format v2
 
 Calibration text should look like what the model will see: one JSON object a line, {"messages": [{"role", "content"},
 ...]} or {"text": "..."}, or a plain .txt file. OUT/quantization_report.md says how the result compares with the source
@@ -40,6 +41,7 @@ examples:
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACT_ORDERS = ("static", "shuffled")
+FORMATS = {"v1": CheckpointFormat.V1, "v2": CheckpointFormat.V2}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +102,19 @@ def act_order_warning(act_order: str, *, symmetric: bool) -> str | None:
     )
 
 
+def format_warning(*, symmetric: bool, checkpoint_format: CheckpointFormat) -> str | None:
+    """Who will not load a result of this symmetry and version though they load others; None where that is nobody."""
+    version_1, version_2 = (
+        ", ".join(refusing_tools(WrittenFormat(frozenset({4}), frozenset({32}), symmetric, checkpoint_format=version)))
+        for version in CheckpointFormat
+    )
+    if checkpoint_format is CheckpointFormat.V2:
+        return f"--format v2: {version_2} will not load the result" if version_2 else None
+    if symmetric:
+        return None
+    return f"--asym: {version_1} will not load the result; with --format v2, {version_2} will not"
+
+
 def _new_parser(program: str, description: str, examples: str) -> _Parser:
     return _Parser(
         prog=program,
@@ -144,7 +159,17 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         "--sym", action="store_true", default=True, help="zero in the middle of the grid (default; any engine loads it)"
     )
     symmetry.add_argument(
-        "--asym", dest="sym", action="store_false", help="a zero point for each group; a little better, fewer engines"
+        "--asym",
+        dest="sym",
+        action="store_false",
+        help="a zero point for each group; a little better, fewer engines load it: GPTQModel only with --format v2",
+    )
+    group.add_argument(
+        "--format",
+        type=_checkpoint_format,
+        default="v1",
+        metavar="v1|v2",
+        help="version of AutoGPTQ's layout; any engine reads v1 (default), v2 is for asymmetric groups in GPTQModel",
     )
 
 
@@ -198,6 +223,12 @@ def _with_act_order_kind(argv: Sequence[str]) -> list[str]:
         if word == "--act-order" and words[place + 1 : place + 2] not in [[kind] for kind in ACT_ORDERS]:
             words[place] = "--act-order=static"
     return words
+
+
+def _checkpoint_format(text: str) -> CheckpointFormat:
+    if text not in FORMATS:
+        _refuse(f"{text!r} is no version of the layout; give {' or '.join(FORMATS)}")
+    return FORMATS[text]
 
 
 def _linear_names(text: str) -> tuple[str, ...]:

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from quant.errors import CheckpointError, QuantizationError
-from quant.formats.autogptq import PACKED_SUFFIXES, open_packed, pack_linear, parse_settings, unpack_linear
+from quant.formats.autogptq import PACKED_SUFFIXES, GptqSettings, open_packed, pack_linear, unpack_linear
 from quant.formats.autogptq_check import rows_of_head_parts, stored_weight
 from quant.formats.autogptq_writer import packed_as_written
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames
 from quant.formats.tensor_files import TensorFile, held, write_tensors
 from quant.matrix import QuantizedMatrix, take_outputs
@@ -55,10 +56,11 @@ def fingerprint(parts: Mapping[str, object]) -> str:
 class WorkDirectory:
     """Quantised layers by their number. One process at a time: it holds a lock while it is open."""
 
-    def __init__(self, path: Path, names: CheckpointNames) -> None:
-        """names: those of the result, which the layers' files have already."""
+    def __init__(self, path: Path, names: CheckpointNames, checkpoint_format: CheckpointFormat) -> None:
+        """names, checkpoint_format: those of the result, which the layers' files have already."""
         self.path = path
         self._names = names
+        self._format = checkpoint_format
 
     def has(self, index: int) -> bool:
         """Whether the layer is done."""
@@ -89,7 +91,7 @@ class WorkDirectory:
         tensors = [
             held(f"{name}.{part}", tensor)
             for name, matrix in stored.items()
-            for part, tensor in pack_linear(matrix).items()
+            for part, tensor in pack_linear(matrix, self._format).items()
         ]
         write_tensors(partial, tensors, {"format": "pt", "report": json.dumps(asdict(report))})
         for name, matrix in matrices.items():
@@ -104,7 +106,7 @@ class WorkDirectory:
         file = TensorFile(self.file(index))
         found: dict[str, QuantizedMatrix] = {}
         for stored, choice in self.choices(index).items():
-            settings = parse_settings({"bits": choice.bits, "group_size": choice.group_size}, str(file.path))
+            settings = GptqSettings(choice.bits, choice.group_size, self._format)
             tensors = {suffix[1:]: file.read(stored + suffix) for suffix in PACKED_SUFFIXES}
             found.update(self._names.split_matrix(stored, unpack_linear(stored, tensors, settings)))
         return found
@@ -129,10 +131,10 @@ class WorkDirectory:
         partial = path.with_suffix(".partial")
         stored = self._names.stored(report.name).name
         metadata = {"format": "pt", "report": json.dumps(asdict(report))}
-        write_tensors(partial, packed_as_written(stored, matrix), metadata)
+        write_tensors(partial, packed_as_written(stored, matrix, self._format), metadata)
         for first in range(0, matrix.out_features, _CHECKED_ROWS):
             rows = slice(first, min(first + _CHECKED_ROWS, matrix.out_features))
-            weight = stored_weight(partial, stored, outputs=rows)
+            weight = stored_weight(partial, stored, zero_offset=self._zero_offset, outputs=rows)
             _require_equal_weights(report.name, weight, take_outputs(matrix, rows))
         partial.replace(path)
 
@@ -149,13 +151,17 @@ class WorkDirectory:
         file = TensorFile(self.end_file(name))
         stored, bits = self._names.stored(name).name, self.end_report(name).bits
         tensors = {suffix[1:]: file.read(stored + suffix) for suffix in PACKED_SUFFIXES}
-        packed = open_packed(stored, tensors, parse_settings({"bits": bits}, str(file.path)))
+        packed = open_packed(stored, tensors, GptqSettings(bits, None, self._format))
         return CodedTable(packed.matrix, packed.shape)
+
+    @property
+    def _zero_offset(self) -> int:
+        return int(self._format is CheckpointFormat.V1)
 
     def _require_equal(self, file: Path, name: str, matrix: QuantizedMatrix) -> None:
         """Whether independent code makes of the file exactly the weight that was quantised."""
         place = self._names.stored(name)
-        weight = stored_weight(file, place.name)
+        weight = stored_weight(file, place.name, zero_offset=self._zero_offset)
         if place.part is not None:
             weight = rows_of_head_parts(weight, place.part, self._names.head_dim)
         _require_equal_weights(name, weight, matrix)
@@ -165,8 +171,10 @@ class WorkDirectory:
 
 
 @contextlib.contextmanager
-def open_work(out: Path, mark: str, names: CheckpointNames) -> Generator[WorkDirectory]:
-    """The work directory of result `out` and fingerprint `mark`.
+def open_work(
+    out: Path, mark: str, names: CheckpointNames, checkpoint_format: CheckpointFormat
+) -> Generator[WorkDirectory]:
+    """The work directory of result `out` and fingerprint `mark`; the rest is as in WorkDirectory.
 
     It stays where going on makes sense: after an interruption, a full disk or anything unforeseen. It is removed when
     the block ends well, and after errors that the same command would meet again. Raises QuantizationError while
@@ -181,7 +189,7 @@ def open_work(out: Path, mark: str, names: CheckpointNames) -> Generator[WorkDir
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise QuantizationError(f"another process is making {out} just now, in {path}; wait for it") from error
-        work = WorkDirectory(path, names)
+        work = WorkDirectory(path, names, checkpoint_format)
         try:
             yield work
         except DiskFullError:

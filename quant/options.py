@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.gptq import GptqOptions
 from quant.model_directory import Parent
 
@@ -31,6 +32,7 @@ class QuantizeOptions:
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
     measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
                    takes no more than the rest may
+    checkpoint_format: the version of AutoGPTQ's layout to write
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -47,6 +49,7 @@ class QuantizeOptions:
     measures_serving: bool | None = None
     head_bits: int | None = None
     embedding_bits: int | None = None
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""

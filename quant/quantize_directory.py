@@ -118,6 +118,7 @@ class _Run:
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
                 "ends": {name: asdict(choice) for name, choice in self.ends.items()},
                 "products": str(fast_product_dtype()),
+                "format": options.checkpoint_format,
             }
         )
 
@@ -144,7 +145,10 @@ def quantize_with(
 def _quantize_once(run: _Run, out: Path, trials: tuple[BudgetTrial, ...] = ()) -> QuantizationReport:
     """With the options as they are. OverBudgetError if perplexity rose by more than they allow; its work stays."""
     names = checkpoint_names(read_json(run.source / "config.json"))
-    with open_work(out, run.mark, names) as work, full_disk_named(out, work, run.layers.num_layers):
+    with (
+        open_work(out, run.mark, names, run.options.checkpoint_format) as work,
+        full_disk_named(out, work, run.layers.num_layers),
+    ):
         quantize_started = time.monotonic()
         layers = _quantize(run, work)
         quantize_seconds = time.monotonic() - quantize_started
@@ -202,7 +206,7 @@ def _search_run(run: _Run, out: Path) -> SearchRun:
     def open_work_of(options: QuantizeOptions) -> AbstractContextManager[WorkDirectory]:
         # The walk as it was asked for is done already. The others must not be in the way of a result's own.
         target = out if options == run.options else out.with_name(f"{out.name}.search")
-        return open_work(target, replace(run, options=options).mark, names)
+        return open_work(target, replace(run, options=options).mark, names, options.checkpoint_format)
 
     windows = [text.windows for text in run.texts.held_out]
     return SearchRun(run.layers, run.texts.calibration, windows, run.options, open_work_of, run.progress)
@@ -257,9 +261,16 @@ def _write(run: _Run, work: WorkDirectory, directory: Path) -> None:
         choices.update(work.choices(index))
     choices.update(work.end_choices(run.ends))
     files = [*(work.file(index) for index in indices), *map(work.end_file, run.ends)]
-    # Some files hold a tied head too, which nobody reads.
-    left_out = (HEAD,) if run.layers.is_tied and run.ends else ()
-    write_checkpoint(run.source, directory, files, choices, run.options.gptq, left_out=left_out)
+    write_checkpoint(
+        run.source,
+        directory,
+        files,
+        choices,
+        run.options.gptq,
+        checkpoint_format=run.options.checkpoint_format,
+        # Some files hold a tied head too, which nobody reads.
+        left_out=(HEAD,) if run.layers.is_tied and run.ends else (),
+    )
     require_same_tensors(directory, files)
     run.progress.update(stage, 1, 1)
 
@@ -326,6 +337,7 @@ def _report(
         budget_percent=options.max_perplexity_increase,
         head_bits=_bits_of(run, EMBEDDINGS if run.layers.is_tied else HEAD),
         embedding_bits=_bits_of(run, EMBEDDINGS),
+        checkpoint_format=options.checkpoint_format,
     )
 
 
@@ -362,6 +374,7 @@ def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
         "group_size": report.group_size,
         "symmetric": gptq.symmetric,
         "act_order": gptq.act_order,
+        "format": options.checkpoint_format,
         "damp": gptq.damp,
         "samples": options.samples,
         "seq_len": options.seq_len,

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quant.ends import EMBEDDINGS
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
@@ -95,6 +96,7 @@ class QuantizationReport:
     source_bytes, quantized_bytes: of the weight files
     source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
     budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
+    checkpoint_format: the version of AutoGPTQ's layout it is written in
     """
 
     source: str
@@ -123,6 +125,7 @@ class QuantizationReport:
     quantized_speed: DecodeSpeed | None = None
     budget_percent: float | None = None
     budget_trials: tuple[BudgetTrial, ...] = ()
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     @property
     def perplexity_increase_percent(self) -> float:
@@ -154,6 +157,7 @@ class QuantizationReport:
             act_order=self.act_order,
             head_bits=self.head_bits,
             embedding_bits=self.embedding_bits,
+            checkpoint_format=self.checkpoint_format,
         )
 
     @property

@@ -36,6 +36,7 @@ def _options(report: QuantizationReport) -> str:
     order = {"none": "", "static": ", act-order with static groups", "shuffled": ", act-order with shuffled groups"}
     eight = f" (8 for {', '.join(report.eight_bit)})" if report.eight_bit else ""
     group = "one group a row" if report.group_size == -1 else f"group size {report.group_size}"
+    version = f"AutoGPTQ's version {report.checkpoint_format.number}"
     ends = [("head", report.head_bits), ("embeddings", report.embedding_bits)]
     if report.has_tied_table:
         ends = [("head and embeddings, one table,", report.embedding_bits)]
@@ -43,9 +44,10 @@ def _options(report: QuantizationReport) -> str:
     merged = f" The adapter {report.adapter} was merged into the source first." if report.adapter else ""
     search = "on" if report.range_search else "off"
     return (
-        f"GPTQ, {report.bits} bits{eight}, {group}, {kind}{order[report.act_order]}{also}; damping {report.damp:g}, "
-        f"range search {search}, seed {report.seed}. Calibrated on {report.calibration_tokens:,} tokens of "
-        f"{report.calibration.name} (sha256 {report.calibration.sha256[:12]}).{merged}"
+        f"GPTQ, {report.bits} bits{eight}, {group}, {kind}{order[report.act_order]}{also}, {version}; "
+        f"damping {report.damp:g}, range search {search}, seed {report.seed}. Calibrated on "
+        f"{report.calibration_tokens:,} tokens of {report.calibration.name} "
+        f"(sha256 {report.calibration.sha256[:12]}).{merged}"
     )
 
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.matrix import QuantizedMatrix
@@ -27,13 +27,6 @@ from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns
 
 PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
-
-
-class CheckpointFormat(StrEnum):
-    """By the names that files and other tools use. Every engine reads version 1; some do not know version 2."""
-
-    V1 = "gptq"
-    V2 = "gptq_v2"
 
 
 @dataclass(frozen=True, slots=True)

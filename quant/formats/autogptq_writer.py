@@ -1,4 +1,4 @@
-"""Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
+"""Writes a GPTQ model directory in AutoGPTQ's layout: packed linears, everything else as the source has it.
 
 Nothing is in memory for longer than it takes to copy: packed linears come from the files of single layers, the rest
 from the source. Only float32 becomes float16: of a small model the embeddings would else be most of the file.
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, CheckpointFormat, locate_tensors, pack_grids, read_json
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, locate_tensors, pack_grids, read_json
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, held, write_tensors
 from quant.gptq import ActOrder, GptqOptions

@@ -15,6 +15,7 @@ from quant.ends import EMBEDDINGS, HEAD, choose_ends, quantize_table, round_tabl
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import open_packed, pack_linear, parse_settings
 from quant.formats.autogptq_check import stored_weight
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions, quantize_matrix, round_to_nearest
 from quant.options import QuantizeOptions
@@ -50,8 +51,15 @@ def short_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant.report_plot.is_plot_possible", lambda: False)
 
 
-def quantize(source: Path, out: Path, *, head: int | None, embeddings: int | None) -> QuantizationReport:
-    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings)
+def quantize(
+    source: Path,
+    out: Path,
+    *,
+    head: int | None,
+    embeddings: int | None,
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+) -> QuantizationReport:
+    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings, checkpoint_format=checkpoint_format)
     return quantize_with(TinyAccess(serves=False), source, out, options, SilentProgress())
 
 
@@ -86,6 +94,15 @@ def test_every_reader_sees_the_same_ends(tmp_path: Path, form: str, head: int | 
     assert (report.head_bits, report.embedding_bits) == ((head or embeddings,) * 2 if is_tied else (head, embeddings))
     settings = json.loads((out / "quantize_config.json").read_text())
     assert settings["lm_head"] is (head is not None and not is_tied)
+
+
+def test_ends_in_version_2_are_read_as_such(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", torch.float16, **UNTIED), tmp_path / "out"
+    quantize(source, out, head=4, embeddings=8, checkpoint_format=CheckpointFormat.V2)
+    layers = DirectoryLayers(out)
+    for name in (EMBEDDINGS, HEAD):
+        checked = torch.from_numpy(stored_weight(out / "model.safetensors", name, zero_offset=0))
+        assert torch.equal(layers.table(name).rows(0, 128), checked)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
