@@ -20,6 +20,7 @@ EXAMPLES = """\
 examples:
   causerie quantize smollm2-135m-instruct ./my-model         a named model, calibrated on the bundled text
   causerie quantize ./checkpoint ./my-model --plan           only say what it would need
+  causerie quantize ./checkpoint ./my-model --head-bits 8    half of what is left of a small model's file is its head
   causerie quantize ./checkpoint ./my-model --act-order      usually a little better; takes the same time
   causerie quantize ./checkpoint ./my-model --calibration chats.jsonl --max-perplexity-increase 2%
   causerie quantize ./checkpoint ./my-model --adapter ./lora the base with an adapter merged into it first
@@ -144,6 +145,17 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         help="inputs that share a scale: 128, 64, 32, or -1 for all inputs of a row; smaller is better and larger in "
         "bytes (default: the largest of 128, 64, 32 that divides every layer's inputs)",
     )
+    for end, hint in (
+        ("head", "the table that makes logits, calibrated as the other linears are"),
+        ("embedding", "rows looked up by token, each rounded as near as its grid allows"),
+    ):
+        group.add_argument(
+            f"--{end}-bits",
+            type=int,
+            choices=(4, 8),
+            metavar="{4,8}",
+            help=f"{hint} (default: left plain); where the model has one table for both, either flag means both",
+        )
     symmetry = group.add_mutually_exclusive_group()
     symmetry.add_argument(
         "--sym", action="store_true", default=True, help="zero in the middle of the grid (default; any engine loads it)"

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.unit
 
 FLAGS = (
     *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym", "--format"),
+    *("--head-bits", "--embedding-bits"),
     *("--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
     *("--seed", "--max-perplexity-increase"),
 )
@@ -50,6 +51,7 @@ def test_the_defaults_are_the_format_that_any_engine_loads() -> None:
     found = parse_quantize(["model", "out"])
     assert (found.bits, found.group_size, found.sym, found.act_order, found.mse_search) == (4, None, True, "none", "on")
     assert (found.adapter, found.plan, found.format) == (None, False, CheckpointFormat.V1)
+    assert (found.head_bits, found.embedding_bits) == (None, None)
 
 
 @pytest.mark.parametrize(
