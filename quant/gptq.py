@@ -9,8 +9,9 @@ grid is still chosen when its turn comes; and at the end codes and scales are re
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
+from quant.grids import Grid, GridKind, nearest_codes
 from quant.matrix import QuantizedMatrix, split_rows
 from quant.output_parts import settle_in_parts
 from quant.packing import PACKABLE_BITS
 from quant.refine import CodedColumns, refine
-from quant.scales import MIN_SCALE, storable_scale
+from quant.settling import Settling, fastest_settling
 
 DEFAULT_GROUP_SIZES = (128, 64, 32)
 # The group size that file formats and other tools write for one group over all inputs.
@@ -30,13 +32,13 @@ WHOLE_ROW = -1
 # Cholesky of a Hessian from few or redundant samples fails; the damping then grows by this factor, up to the limit.
 DAMP_GROWTH = 10.0
 MAX_DAMP = 10.0
-# Relative shrinkages of the widest grid that the range search tries. Below about 0.6 clipping always costs more.
-RANGE_SHRINKAGES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.75, 0.71, 0.67, 0.63)
 # After so many rounds of descent little is left to gain: 4 take a tenth off GPTQ's error, 8 a hundredth more.
 REFINE_SWEEPS = 4
 HESSIAN_BLOCK = 192
 # Outputs whose error is computed at a time.
 ERROR_ROWS = 1024
+# Of a Hessian, whose inputs are put in order so many at a time.
+PERMUTED_LINES = 256
 LARGE_BLOCK = 128
 SMALL_BLOCK = 32
 
@@ -78,23 +80,23 @@ class GptqOptions:
         if self.refine_sweeps < 0:
             raise QuantizationError(f"refine_sweeps is {self.refine_sweeps}; it must be 0 or more")
 
+    @property
+    def grid(self) -> GridKind:
+        return GridKind(self.bits, self.symmetric, self.range_search)
+
 
 @dataclass(frozen=True, slots=True)
 class GptqResult:
-    """`error` is the squared error of the outputs over their squared norm, on the calibration inputs. `damp` is the
-    damping that was needed."""
+    """`damp` is the damping that was needed. errors: of each output on the calibration inputs, see `output_errors`."""
 
     matrix: QuantizedMatrix
-    error: float
+    errors: Tensor
     damp: float
 
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """One scale and zero point per row, (out,) float32 each."""
-
-    scale: Tensor
-    zero: Tensor
+    @property
+    def error(self) -> float:
+        """Squared error of the outputs over their squared norm, on the calibration inputs."""
+        return relative_error(self.errors)
 
 
 class HessianSum:
@@ -114,9 +116,9 @@ class HessianSum:
             self._sum[start:stop, :stop] += rows[:, start:stop].t() @ rows[:, :stop]
 
     def mean(self) -> Tensor:
-        """(in, in) float32, symmetric."""
-        # Mirrored block by block: of the largest layers, one more such matrix is most of the memory.
-        mean = self._sum / max(self.num_rows, 1)
+        """(in, in) float32, symmetric. The sum is used up."""
+        # In place and mirrored block by block: of the largest layers, one more such matrix is most of the memory.
+        mean = self._sum.div_(max(self.num_rows, 1))
         for start in range(0, mean.shape[0], HESSIAN_BLOCK):
             stop = start + HESSIAN_BLOCK
             corner = torch.tril(mean[start:stop, start:stop])
@@ -151,11 +153,15 @@ def _inputs_of_group(in_features: int, options: GptqOptions) -> int:
     return in_features if chosen == WHOLE_ROW else chosen
 
 
-def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> GptqResult:
+def quantize_matrix(
+    weight: Tensor, hessian: Tensor, options: GptqOptions, settling: Settling | None = None
+) -> GptqResult:
     """Quantise `weight` so that its outputs, not its values, change least.
 
-    weight:  (out, in), any floating type
-    hessian: (in, in), mean of x x^T over calibration inputs x; not changed
+    weight:   (out, in), any floating type
+    hessian:  (in, in) float32, mean of x x^T over calibration inputs x; its inputs change places meanwhile, and are
+              back in theirs at the end
+    settling: the fastest on this machine if absent
     Raises QuantizationError if the group size does not divide the inputs, a value is not finite, or no damping makes
     the Hessian positive definite.
     """
@@ -163,25 +169,60 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Gp
     group_size = _inputs_of_group(in_features, options)
     if tuple(hessian.shape) != (in_features, in_features):
         raise ValueError(f"the Hessian must be ({in_features}, {in_features}); found {tuple(hessian.shape)}")
-    original = weight.detach().to(torch.float32)
+    weight = weight.detach()
     hessian = hessian.to(torch.float32)
-    if not bool(torch.isfinite(original).all()) or not bool(torch.isfinite(hessian).all()):
+    if not is_finite(weight) or not is_finite(hessian):
         raise QuantizationError("the weight or its calibration inputs hold values that are not finite")
-    importance = hessian.diagonal().clone()
-    columns = original.t().contiguous()  # (in, out): one input's weights are contiguous
-    columns[importance == 0] = 0.0  # never used: any value is right, and 0 costs no range
-    order = _order_of_inputs(importance, group_size, options.act_order)
-    ordered = hessian
-    if options.act_order is not ActOrder.NONE:
-        ordered, columns = hessian[order][:, order], columns[order]
-    inverse_root, damp = inverse_cholesky(ordered, options.damp)
+    order = _order_of_inputs(hessian.diagonal(), group_size, options.act_order)
+    with _inputs_in_order(hessian, order):
+        coded, damp = _settle(weight, hessian, order, group_size, options, settling or fastest_settling())
+    matrix = _in_natural_order(coded, order, options)
+    return GptqResult(matrix=matrix, errors=output_errors(weight, matrix, hessian), damp=damp)
 
-    def settle(part: Tensor) -> CodedColumns:
-        coded = _quantize_columns(part.clone(), inverse_root, group_size, options)
-        return refine(part, ordered, coded, options.bits, options.refine_sweeps) if options.refine_sweeps else coded
 
-    matrix = _in_natural_order(settle_in_parts(settle, columns), order, options)
-    return GptqResult(matrix=matrix, error=output_error(original, matrix, hessian), damp=damp)
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; takes no memory of the tensor's size."""
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
+
+
+@contextlib.contextmanager
+def _inputs_in_order(hessian: Tensor, order: Tensor) -> Generator[None]:
+    """Rows and columns of the Hessian are in `order` within the block, and back where they were after it."""
+    is_trivial = bool((order == torch.arange(order.shape[0])).all())
+    if not is_trivial:
+        _permute(hessian, order)
+    try:
+        yield
+    finally:
+        if not is_trivial:
+            _permute(hessian, torch.argsort(order))
+
+
+def _permute(square: Tensor, order: Tensor) -> None:
+    """square[order][:, order], in place: a second matrix of this size would be most of the memory there is."""
+    for run in square.split(PERMUTED_LINES, dim=1):
+        run.copy_(run[order])
+    for run in square.split(PERMUTED_LINES):
+        run.copy_(run[:, order])
+
+
+def _settle(
+    weight: Tensor, hessian: Tensor, order: Tensor, group_size: int, options: GptqOptions, settling: Settling
+) -> tuple[CodedColumns, float]:
+    """GPTQ and its refinement. `hessian` is in `order` already; returns codes in that order, and the damping."""
+    is_unused = hessian.diagonal() == 0
+    inverse_root, damp = inverse_cholesky(hessian, options.damp)
+    lower = inverse_root.t()
+
+    def settle(rows: Tensor) -> CodedColumns:
+        columns = rows.t()[order].to(torch.float32).contiguous()  # (in, out): one input's weights are contiguous
+        columns[is_unused] = 0.0  # never used: any value is right, and 0 costs no range
+        coded = _quantize_columns(columns.clone(), lower, group_size, options.grid, settling)
+        if not options.refine_sweeps:
+            return coded
+        return refine(columns, hessian, coded, options.bits, options.refine_sweeps, settling)
+
+    return settle_in_parts(settle, weight), damp
 
 
 def _order_of_inputs(importance: Tensor, group_size: int, act_order: ActOrder) -> Tensor:
@@ -221,16 +262,19 @@ def _in_natural_order(coded: CodedColumns, order: Tensor, options: GptqOptions) 
 def inverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor of the damped Hessian's inverse, and the damping that was needed.
 
-    Inputs that never occur (zero diagonal) count as 1. Raises QuantizationError when damping up to MAX_DAMP fails.
+    One more matrix of the Hessian's size is in memory, which becomes the result; its columns are contiguous. Inputs
+    that never occur (zero diagonal) count as 1. Raises QuantizationError when damping up to MAX_DAMP fails.
     """
     diagonal = hessian.diagonal()
     unused = torch.where(diagonal == 0, 1.0, 0.0)
     mean = float((diagonal + unused).mean())
+    work = torch.empty(hessian.shape)
     tried = damp
     while tried <= MAX_DAMP * 1.001:
-        upper = _root_of_inverse(hessian, unused + tried * mean)
-        if upper is not None:
-            return upper, tried
+        work.copy_(hessian)
+        work.diagonal().add_(unused + tried * mean)
+        if _become_root_of_inverse(work):
+            return work.t(), tried
         tried *= DAMP_GROWTH
     raise QuantizationError(
         f"the Hessian is not positive definite even with {MAX_DAMP:g} times its mean diagonal added; "
@@ -238,31 +282,44 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     )
 
 
-def _root_of_inverse(hessian: Tensor, added: Tensor) -> Tensor | None:
-    """The upper factor of the inverse of `hessian` with `added` on its diagonal, None if that is not positive definite.
-
-    At most two more such matrices are in memory at any time.
-    """
-    work = hessian.clone()
-    work.diagonal().add_(added)
-    work, failed = torch.linalg.cholesky_ex(work)
+def _become_root_of_inverse(work: Tensor) -> bool:
+    """Turn a symmetric matrix into the transposed upper factor of its inverse, in place; False if it is not positive
+    definite, and then it is spoilt."""
+    transposed = work.t()  # how LAPACK sees it: what has this layout is factored without a copy
+    failed = torch.zeros((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(transposed, out=(transposed, failed))
     if int(failed):
-        return None
-    work = torch.cholesky_inverse(work)
-    work, failed = torch.linalg.cholesky_ex(work, upper=True)
-    # The sum is finite only where everything is, and takes no memory.
-    return None if int(failed) or not math.isfinite(float(work.sum())) else work
+        return False
+    torch.cholesky_inverse(transposed, out=transposed)
+    torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, failed))
+    return not int(failed) and is_finite(work)
 
 
 def output_error(weight: Tensor, matrix: QuantizedMatrix, hessian: Tensor) -> float:
-    """Squared error of the outputs over their squared norm. weight (out, in) float32, hessian (in, in) float32."""
-    wrong = whole = 0.0
-    runs = zip(weight.split(ERROR_ROWS), split_rows(matrix, _run_lengths(weight.shape[0])), strict=True)
-    for rows, run in runs:
-        difference = rows - run.dequantize()
-        wrong += float((difference @ hessian).mul_(difference).sum())
-        whole += float((rows @ hessian).mul_(rows).sum())
+    """Squared error of the outputs over their squared norm. Arguments as of `output_errors`."""
+    return relative_error(output_errors(weight, matrix, hessian))
+
+
+def relative_error(errors: Tensor) -> float:
+    """errors: (2, out), as `output_errors` returns them, of the outputs that count."""
+    wrong, whole = (float(row.sum()) for row in errors)
     return wrong / whole if whole > 0 else 0.0
+
+
+def output_errors(weight: Tensor, matrix: QuantizedMatrix, hessian: Tensor) -> Tensor:
+    """(2, out) float64: each output's mean squared error, and its mean square.
+
+    weight: (out, in), any floating type; hessian: (in, in) float32
+    """
+    errors = torch.empty((2, weight.shape[0]), dtype=torch.float64)
+    runs = zip(weight.split(ERROR_ROWS), split_rows(matrix, _run_lengths(weight.shape[0])), strict=True)
+    for index, (rows, run) in enumerate(runs):
+        whole = rows.to(torch.float32)
+        wrong = whole - run.dequantize()
+        inside = slice(index * ERROR_ROWS, index * ERROR_ROWS + rows.shape[0])
+        errors[0, inside] = (wrong @ hessian).mul_(wrong).sum(dim=1)
+        errors[1, inside] = (whole @ hessian).mul_(whole).sum(dim=1)
+    return errors
 
 
 def _run_lengths(rows: int) -> list[int]:
@@ -273,7 +330,7 @@ def round_to_nearest(weight: Tensor, options: GptqOptions, importance: Tensor | 
     """The same grids without error feedback: what GPTQ is measured against. importance: (in,), 1 if absent."""
     group_size = _inputs_of_group(weight.shape[1], options)
     columns = weight.detach().to(torch.float32).t().contiguous()
-    weights = torch.ones(weight.shape[1]) if importance is None else importance
+    weights = torch.ones(weight.shape[1]) if importance is None else importance.contiguous()
     grids = _fixed_grids(columns, weights, group_size, options)
     codes = torch.cat(
         [
@@ -290,105 +347,47 @@ def round_to_nearest(weight: Tensor, options: GptqOptions, importance: Tensor | 
     )
 
 
-def nearest_codes(columns: Tensor, grid: Grid, bits: int) -> Tensor:
-    """columns (..., out) -> codes of the same shape, as float32 whole numbers."""
-    return torch.round(columns / grid.scale).add_(grid.zero).clamp_(0, (1 << bits) - 1)
-
-
-def find_grid(group: Tensor, importance: Tensor, options: GptqOptions) -> Grid:
-    """The grid of one group. group: (columns, out) float32; importance: (columns,), weights of their errors."""
-    candidates = _symmetric_grids(group, options) if options.symmetric else _asymmetric_grids(group, options)
-    if len(candidates) == 1:
-        return candidates[0]
-    weights = importance.unsqueeze(1)
-    scale, zero = candidates[0].scale.clone(), candidates[0].zero.clone()
-    least = torch.full_like(scale, torch.inf)
-    for grid in candidates:
-        reached = (nearest_codes(group, grid, options.bits) - grid.zero).mul_(grid.scale)
-        error = reached.sub_(group).square_().mul_(weights).sum(dim=0)
-        better = error < least
-        scale = torch.where(better, grid.scale, scale)
-        zero = torch.where(better, grid.zero, zero)
-        least = torch.minimum(error, least)
-    return Grid(scale, zero)
-
-
-def _symmetric_grids(group: Tensor, options: GptqOptions) -> list[Grid]:
-    """Zero point in the middle. Codes reach one step further down than up, so the search also turns the sign over."""
-    middle = 1 << (options.bits - 1)
-    highest, lowest = group.amax(dim=0), group.amin(dim=0)
-    zero = torch.full_like(highest, float(middle))
-    if not options.range_search:
-        return [Grid(storable_scale(torch.maximum(highest, -lowest) / (middle - 0.5), options.bits), zero)]
-    # The end with the larger magnitude lies on code 0, at -middle steps: a negative scale puts positive weights there.
-    farthest = torch.where(highest > -lowest, -highest, -lowest) / middle
-    widest = torch.maximum(highest, -lowest) / (middle - 1)
-    grids = [Grid(storable_scale(farthest * shrinkage, options.bits), zero) for shrinkage in RANGE_SHRINKAGES]
-    grids.append(Grid(storable_scale(widest, options.bits), zero))
-    return grids
-
-
-def _asymmetric_grids(group: Tensor, options: GptqOptions) -> list[Grid]:
-    """Zero point anywhere in 1..top: version 1 of the file format stores it minus one, so 0 has no place there."""
-    top = (1 << options.bits) - 1
-    highest, lowest = group.amax(dim=0).clamp_min(0), group.amin(dim=0).clamp_max(0)
-    shrinkages = RANGE_SHRINKAGES if options.range_search else (1.0,)
-    grids: list[Grid] = []
-    for shrinkage in shrinkages:
-        up, down = highest * shrinkage, -lowest * shrinkage
-        steps = torch.clamp((up + down) / top, min=MIN_SCALE)
-        zero = torch.round(down / steps).clamp_(1, top)
-        # Shifting the grid may have taken a level from the positive side: the scale grows until the end rounds inside.
-        scale = torch.maximum(steps, up / (top - zero + 0.5))
-        grids.append(Grid(storable_scale(scale, options.bits), zero))
-    return grids
-
-
 def _fixed_grids(columns: Tensor, importance: Tensor, group_size: int, options: GptqOptions) -> list[Grid]:
     """Grids of all groups in natural order, from columns (in, out) as they are."""
+    settling = fastest_settling()
     return [
-        find_grid(columns[start : start + group_size], importance[start : start + group_size], options)
+        settling.find_grid(columns[start : start + group_size], importance[start : start + group_size], options.grid)
         for start in range(0, columns.shape[0], group_size)
     ]
 
 
-def _quantize_columns(columns: Tensor, inverse_root: Tensor, group_size: int, options: GptqOptions) -> CodedColumns:
+def _quantize_columns(
+    columns: Tensor, lower: Tensor, group_size: int, kind: GridKind, settling: Settling
+) -> CodedColumns:
     """Quantise one column after another, each passing its error on to those still open.
 
-    columns: (in, out) float32 in the order of quantisation, used up. inverse_root: (in, in) upper triangular, in the
-    same order. Each group's grid is chosen when its first column comes, from the weights as they are then.
+    columns: (in, out) float32 in the order of quantisation, used up
+    lower:   (in, in) lower triangular, in the same order: the root of the Hessian's inverse, transposed
+    Each group's grid is chosen when its first column comes, from the weights as they are then.
     """
     num_columns, num_rows = columns.shape
     codes = torch.empty((num_columns, num_rows), dtype=torch.uint8)
     errors = torch.empty((num_columns, num_rows))
     # What is left of a column's error once those still open have made up for it.
-    importance = inverse_root.diagonal().pow(-2)
+    importance = lower.diagonal().pow(-2)
     grids: list[Grid] = []
-    top = (1 << options.bits) - 1
     # Errors travel at once within a small block, at its end within the large, at that one's end everywhere. Every
     # group begins on a border of both, so a grid chosen at a group's first column sees weights that are up to date.
     large = group_size * math.ceil(LARGE_BLOCK / group_size)
     small = math.gcd(group_size, SMALL_BLOCK)
     for start in range(0, num_columns, small):
-        stop = start + small
+        block = slice(start, start + small)
         large_stop = min(start // large * large + large, num_columns)
-        for column in range(start, stop):
-            if column % group_size == 0:
-                ahead = slice(column, column + group_size)
-                grids.append(find_grid(columns[ahead], importance[ahead], options))
-            grid = grids[-1]
-            current, error = columns[column], errors[column]
-            code = torch.div(current, grid.scale).round_().add_(grid.zero).clamp_(0, top)
-            codes[column] = code
-            torch.sub(current, code.sub_(grid.zero).mul_(grid.scale), out=error)
-            error /= inverse_root[column, column]
-            columns[column + 1 : stop].addr_(inverse_root[column, column + 1 : stop], error, alpha=-1.0)
-        _pass_on(errors, inverse_root, columns, slice(start, stop), slice(stop, large_stop))
-        if stop == large_stop:
-            _pass_on(errors, inverse_root, columns, slice(start // large * large, stop), slice(stop, num_columns))
+        if start % group_size == 0:
+            ahead = slice(start, start + group_size)
+            grids.append(settling.find_grid(columns[ahead], importance[ahead], kind))
+        settling.feed_back(columns[block], lower[block, block], grids[-1], kind.bits, codes[block], errors[block])
+        _pass_on(errors, lower, columns, block, slice(block.stop, large_stop))
+        if block.stop == large_stop:
+            _pass_on(errors, lower, columns, slice(start // large * large, block.stop), slice(block.stop, num_columns))
     return CodedColumns(codes, torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids]))
 
 
-def _pass_on(errors: Tensor, inverse_root: Tensor, columns: Tensor, done: slice, still_open: slice) -> None:
+def _pass_on(errors: Tensor, lower: Tensor, columns: Tensor, done: slice, still_open: slice) -> None:
     if still_open.start < still_open.stop:
-        columns[still_open].addmm_(inverse_root[done, still_open].t(), errors[done], alpha=-1.0)
+        columns[still_open].addmm_(lower[still_open, done], errors[done], alpha=-1.0)

@@ -15,23 +15,23 @@ from quant.refine import CodedColumns
 
 # With fewer outputs to a thread, a step costs more to start than to compute.
 FEWEST_OUTPUTS = 256
-# Weights of a part at most: settling takes about eight times its float32 size, for each thread.
+# Weights of a part at most: settling takes about six times its float32 size, for each thread.
 MOST_WEIGHTS = 2**22
 
 
-def settle_in_parts(settle: Callable[[Tensor], CodedColumns], columns: Tensor) -> CodedColumns:
-    """What `settle(columns)` gives, computed on as many threads as torch has. columns: (in, out).
+def settle_in_parts(settle: Callable[[Tensor], CodedColumns], weight: Tensor) -> CodedColumns:
+    """What `settle(weight)` gives, computed on as many threads as torch has. weight: (out, in); its columns come back.
 
     Meanwhile torch runs single-threaded; its setting is restored at the end.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, max(1, columns.shape[1] // FEWEST_OUTPUTS))
-    parts = columns.chunk(max(workers, -(-columns.numel() // MOST_WEIGHTS)), dim=1)
+    workers = min(threads, max(1, weight.shape[0] // FEWEST_OUTPUTS))
+    parts = weight.chunk(max(workers, -(-weight.numel() // MOST_WEIGHTS)))
     is_inference = torch.is_inference_mode_enabled()  # of this thread; each has its own
 
     def settle_part(part: Tensor) -> CodedColumns:
         with torch.inference_mode(is_inference):
-            return settle(part.contiguous())
+            return settle(part)
 
     torch.set_num_threads(1)
     try:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from quant.errors import QuantizationError
-from quant.gptq import RANGE_SHRINKAGES, ActOrder
+from quant.gptq import ActOrder
+from quant.grids import RANGE_SHRINKAGES
 from quant.layer_source import LayerSource
 from quant.layer_walk import settle_group_size
 from quant.measure import BATCH_WINDOWS

@@ -46,6 +46,7 @@ from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
 from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
+from quant.settling import fastest_settling
 from quant.texts import RunTexts, prepare_texts
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class _Run:
                 "eight_bit": sorted(options.eight_bit),
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
                 "products": str(fast_product_dtype()),
+                "settling": fastest_settling().name,
             }
         )
 

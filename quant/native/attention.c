@@ -14,6 +14,8 @@
 /* In a tile of at most so many rows every chunk is an item of its own: one long context keeps all threads busy. */
 #define SPLIT_ROWS 8
 #define PREFETCH_TOKENS 32
+/* Slots that follow each other where whole texts are attended to; a block is read as a whole. */
+#define TEXT_BLOCK 16
 
 /* Neighbouring rows of one sequence. */
 struct Tile {
@@ -33,7 +35,7 @@ typedef struct {
     float *sums;            /* (head_dim): of weighted values */
 } Partial;
 
-enum { SLOT_TILES = 8, SLOT_ITEMS, SLOT_PARTIALS };
+enum { SLOT_TILES = 8, SLOT_ITEMS, SLOT_PARTIALS, SLOT_POSITIONS, SLOT_SEQUENCES, SLOT_TABLES };
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 INLINE int group_of(const Attention *a) { return a->num_heads / a->num_kv_heads; }
@@ -577,4 +579,34 @@ void plan_attention(Attention *a) {
     for (int i = num_tiles - 1; i >= 0; i--)
         for (int which = 0; which < (a->tiles[i].is_split ? a->tiles[i].num_chunks : a->num_kv_heads); which++)
             a->items[a->num_items++] = (struct Item){i, which};
+}
+
+/* ---- Whole texts, without a cache between calls ---- */
+
+/* queries, out: (texts, length, heads, head_dim). cache: (texts, slots, keys then values, kv heads, head_dim) bf16, with
+   at least `length` slots to a text, a multiple of TEXT_BLOCK; those behind `length` are read, but count for nothing. */
+void causerie_attend_texts(const uint16_t *cache, const float *queries, float *out, int texts, int length, int slots,
+                           int num_heads, int num_kv_heads, int head_dim, int threads) {
+    enter(threads);
+    const int rows = texts * length, blocks = slots / TEXT_BLOCK;
+    int64_t *positions = scratch(SLOT_POSITIONS, (int64_t)rows * sizeof *positions);
+    int32_t *sequences = scratch(SLOT_SEQUENCES, (int64_t)rows * sizeof *sequences);
+    int32_t *tables = scratch(SLOT_TABLES, (int64_t)texts * blocks * sizeof *tables);
+    for (int row = 0; row < rows; row++) {
+        positions[row] = row % length;
+        sequences[row] = row / length;
+    }
+    for (int i = 0; i < texts * blocks; i++) tables[i] = i;
+    Attention a = {.cache = (const char *)cache, .queries = queries, .out = out, .positions = positions, .tables = tables};
+    a.sequences = sequences;
+    a.num_rows = rows;
+    a.table_width = blocks;
+    a.query_stride = num_heads * head_dim;
+    a.num_heads = num_heads;
+    a.num_kv_heads = num_kv_heads;
+    a.head_dim = head_dim;
+    a.block_size = TEXT_BLOCK;
+    plan_attention(&a);
+    attend(&a);
+    leave();
 }

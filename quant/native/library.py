@@ -21,7 +21,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("kernels.c", "levels.c", "attention.c", "decode_step.c", "encoder.c")
+_SOURCES = ("kernels.c", "levels.c", "attention.c", "decode_step.c", "encoder.c", "settling.c")
 _HEADERS = ("kernels.h", "attention.h", "vectors.h")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")

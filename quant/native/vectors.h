@@ -28,6 +28,8 @@ INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+/* x where a < b, else y. */
+INLINE vf vf_where_less(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vf_top(vf a) { return _mm512_reduce_max_ps(a); }
 
@@ -37,6 +39,7 @@ INLINE vf vf_load_bf16(const uint16_t *p) {
 }
 
 INLINE vf vf_load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vf vf_as_fp16(vf x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 /* Rounded to the nearest, ties to even. */
 INLINE void vf_store_bf16(uint16_t *p, vf x) {
@@ -106,6 +109,7 @@ INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vf vf_where_less(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
 INLINE float vf_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -125,6 +129,7 @@ INLINE vf vf_load_bf16(const uint16_t *p) {
 }
 
 INLINE vf vf_load_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vf vf_as_fp16(vf x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 INLINE __m128i vi_narrow16(__m256i x) {
     __m256i packed = _mm256_packus_epi32(x, x);
@@ -199,6 +204,13 @@ INLINE float bf16_value(uint16_t x) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+/* Rounded to what bf16 holds. */
+INLINE vf vf_as_bf16(vf x) {
+    uint16_t halves[VL];
+    vf_store_bf16(halves, x);
+    return vf_load_bf16(halves);
 }
 
 /* e^x with a relative error below 2e-7; x is clamped to +-87. Cephes' polynomial. */

@@ -10,16 +10,14 @@ from quant.errors import QuantizationError
 from quant.gptq import (
     ActOrder,
     GptqOptions,
-    Grid,
     HessianSum,
     choose_group_size,
-    find_grid,
     inverse_cholesky,
-    nearest_codes,
     output_error,
     quantize_matrix,
     round_to_nearest,
 )
+from quant.grids import Grid, find_grid, nearest_codes
 from quant.scales import storable_scale
 
 pytestmark = pytest.mark.unit
@@ -94,7 +92,7 @@ def plain_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions, damp: floa
         first = column // options.group_size * options.group_size
         group = slice(first, first + options.group_size)
         if column == first:
-            grids.append(find_grid(columns[group], root.diagonal()[group].pow(-2), options))
+            grids.append(find_grid(columns[group], root.diagonal()[group].pow(-2), options.grid))
         grid = grids[-1]
         reached[column] = (nearest_codes(columns[column], grid, options.bits) - grid.zero) * grid.scale
         error = (columns[column] - reached[column]) / root[column, column]

@@ -22,17 +22,18 @@ def two_threads() -> Generator[None]:
 
 def settle(part: Tensor) -> CodedColumns:
     assert torch.get_num_threads() == 1
-    return CodedColumns(part.abs().to(torch.uint8), part[:2] * 3, part[:2].round())
+    columns = part.t()
+    return CodedColumns(columns.abs().to(torch.uint8), columns[:2] * 3, columns[:2].round())
 
 
 @pytest.mark.parametrize("outputs", [3, 2 * FEWEST_OUTPUTS, 2 * FEWEST_OUTPUTS + 5])
 @pytest.mark.parametrize("is_inference", [True, False])
 def test_parts_together_are_the_whole(outputs: int, is_inference: bool) -> None:
     with torch.inference_mode(is_inference):
-        columns = torch.randn((8, outputs), generator=torch.Generator().manual_seed(0)) * 50
-        found = settle_in_parts(settle, columns)
+        weight = torch.randn((outputs, 8), generator=torch.Generator().manual_seed(0)) * 50
+        found = settle_in_parts(settle, weight)
         torch.set_num_threads(1)
-        expected = settle(columns)
+        expected = settle(weight)
         assert torch.equal(found.codes, expected.codes)
         assert torch.equal(found.scales, expected.scales)
         assert torch.equal(found.zeros, expected.zeros)
@@ -44,5 +45,5 @@ def test_threads_are_restored_after_a_failure() -> None:
         raise ValueError(str(part.shape))
 
     with pytest.raises(ValueError, match="256"):
-        settle_in_parts(fail, torch.zeros((8, 2 * FEWEST_OUTPUTS)))
+        settle_in_parts(fail, torch.zeros((2 * FEWEST_OUTPUTS, 8)))
     assert torch.get_num_threads() == 2

@@ -12,8 +12,11 @@ from quant.gptq import ActOrder, GptqOptions, output_error, quantize_matrix
 from quant.matrix import QuantizedMatrix
 from quant.refine import CodedColumns, refine
 from quant.scales import storable_scale
+from quant.settling import PlainSettling, Settling, fastest_settling
 
 pytestmark = pytest.mark.unit
+
+SETTLINGS = [PlainSettling(), fastest_settling()]
 
 
 def case(out_features: int = 12, in_features: int = 64) -> tuple[Tensor, Tensor]:
@@ -26,7 +29,9 @@ def case(out_features: int = 12, in_features: int = 64) -> tuple[Tensor, Tensor]
 
 
 def coded(matrix: QuantizedMatrix) -> CodedColumns:
-    return CodedColumns(matrix.codes.t().contiguous(), matrix.scales.t().contiguous(), matrix.zeros.t().float())
+    return CodedColumns(
+        matrix.codes.t().contiguous(), matrix.scales.t().contiguous(), matrix.zeros.t().float().contiguous()
+    )
 
 
 def matrix_of(columns: CodedColumns, bits: int = 4) -> QuantizedMatrix:
@@ -65,11 +70,12 @@ def plain_sweep(weight: Tensor, hessian: Tensor, matrix: QuantizedMatrix) -> Qua
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_sweep_equals_its_plain_twin(symmetric: bool, bits: int) -> None:
+@pytest.mark.parametrize("settling", SETTLINGS)
+def test_one_sweep_equals_its_plain_twin(settling: Settling, symmetric: bool, bits: int) -> None:
     weight, hessian = case()
     options = GptqOptions(bits=bits, group_size=16, symmetric=symmetric, refine_sweeps=0)
     start = quantize_matrix(weight, hessian, options).matrix
-    found = matrix_of(refine(weight.t().contiguous(), hessian, coded(start), bits, 1), bits)
+    found = matrix_of(refine(weight.t().contiguous(), hessian, coded(start), bits, 1, settling), bits)
     expected = plain_sweep(weight, hessian, start)
     assert not torch.equal(found.codes, start.codes)
     # Sums in another order can tip a weight that lies between two codes; what follows in its row then differs too.
