@@ -10,19 +10,18 @@ import contextlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
 from quant.formats.autogptq import gptq_settings
+from quant.formats.tensor_files import TensorFile, TensorToWrite, write_tensors
 from quant.model_directory import (
     Manifest,
     Parent,
@@ -30,6 +29,8 @@ from quant.model_directory import (
     hash_file,
     publish_directory,
     read_manifest,
+    remove_leftovers_of,
+    temporary_beside,
     write_manifest,
 )
 from quant.progress import ProgressSink
@@ -93,6 +94,17 @@ class LowRank:
     up: Tensor
     scale: float
 
+    def shape(self, *, fan_in_fan_out: bool) -> tuple[int, int]:
+        """Of the weight that it updates: (out, in), or (in, out) with fan_in_fan_out."""
+        outputs, inputs = self.up.shape[0], self.down.shape[1]
+        return (inputs, outputs) if fan_in_fan_out else (outputs, inputs)
+
+    def rows(self, first: int, last: int, *, fan_in_fan_out: bool) -> LowRank:
+        """The update of these rows of that weight."""
+        if fan_in_fan_out:
+            return replace(self, down=self.down[:, first:last])
+        return replace(self, up=self.up[first:last])
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -126,15 +138,12 @@ def merged_weight(weight: Tensor, update: LowRank, *, fan_in_fan_out: bool = Fal
 def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) -> None:
     """Write `base` with `adapter` merged into it as the new directory `out`, which appears whole or not at all.
 
-    The adapter and one shard of the base are in memory at a time. Raises CheckpointError for a base that is quantised,
-    an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
+    The adapter and some rows of one tensor of the base are in memory at a time. Raises CheckpointError for a base that
+    is quantised, an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
     """
     _refuse_unusable(base, out)
-    update = read_adapter(adapter)
+    update = check_adapter(base, adapter)
     shards = _tensors_by_file(base)
-    names_of_base = {name for names in shards.values() for name in names}
-    _refuse_strangers(update, names_of_base, base)
-    _refuse_untying(update, names_of_base, base)
     with publish_directory(out) as directory:
         _copy_other_files(base, directory)
         for index, (file, names) in enumerate(sorted(shards.items())):
@@ -144,20 +153,32 @@ def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) 
         write_manifest(directory, _manifest(base, update))
 
 
+def check_adapter(base: Path, adapter: Path) -> Adapter:
+    """The adapter, if it is one that fits this base by its names. Raises CheckpointError as `merge_adapter` does."""
+    update = read_adapter(adapter)
+    names_of_base = {name for names in _tensors_by_file(base).values() for name in names}
+    _refuse_strangers(update, names_of_base, base)
+    _refuse_untying(update, names_of_base, base)
+    return update
+
+
 @contextlib.contextmanager
 def merged_for_a_while(base: Path, adapter: Path, beside: Path, progress: ProgressSink) -> Generator[Merged]:
     """The merged model in a temporary directory next to `beside`, on whose disk there must be room for it.
 
     Raises as `merge_adapter` does.
     """
-    parent = beside.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged-", dir=parent) as folder:
-        directory = Path(folder) / f"{base.name}+{adapter.name}"
+    remove_leftovers_of(beside)
+    folder = temporary_beside(beside)
+    folder.mkdir(parents=True)
+    try:
+        directory = folder / f"{base.name}+{adapter.name}"
         merge_adapter(base, adapter, directory, progress)
         manifest = read_manifest(directory)
         assert manifest is not None
         yield Merged(directory, manifest.parents)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -277,30 +298,32 @@ def _refuse_untying(adapter: Adapter, names: set[str], base: Path) -> None:
 
 
 def _merge_file(source: Path, names: Sequence[str], adapter: Adapter, target: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    with _open(source) as file:
-        for name in names:
-            tensors[name] = _merged(name, file.get_tensor(name), adapter)
-    save_file(tensors, target, metadata={"format": "pt"})
+    file = TensorFile(source)
+    write_tensors(target, [_to_write(file, name, adapter) for name in names], {"format": "pt"})
 
 
-def _merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
-    """`weight` itself where the adapter does not change it. CheckpointError if the shapes differ."""
-    replacement = adapter.replacements.get(name)
-    if replacement is not None:
-        if replacement.shape != weight.shape:
-            found, wanted = tuple(replacement.shape), tuple(weight.shape)
-            raise CheckpointError(f"the adapter {adapter.name} has {name} as {found}; the base has it as {wanted}")
-        weight = replacement.to(weight.dtype)
-    update = adapter.updates.get(name)
-    if update is None:
-        return weight
-    try:
-        merged = merged_weight(weight, update, fan_in_fan_out=adapter.fan_in_fan_out)
-    except ValueError as error:
-        raise CheckpointError(f"the adapter {adapter.name} does not fit {name}: {error}") from error
-    _refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
-    return merged.contiguous()
+def _to_write(file: TensorFile, name: str, adapter: Adapter) -> TensorToWrite:
+    """As it is stored where the adapter does not change it. CheckpointError if the shapes differ."""
+    shape, replacement, update = file.tensors[name].shape, adapter.replacements.get(name), adapter.updates.get(name)
+    if replacement is not None and tuple(replacement.shape) != tuple(shape):
+        found, wanted = tuple(replacement.shape), tuple(shape)
+        raise CheckpointError(f"the adapter {adapter.name} has {name} as {found}; the base has it as {wanted}")
+    if update is not None and update.shape(fan_in_fan_out=adapter.fan_in_fan_out) != tuple(shape):
+        found = update.shape(fan_in_fan_out=adapter.fan_in_fan_out)
+        raise CheckpointError(
+            f"the adapter {adapter.name} does not fit {name}: the update is {found} and the weight {tuple(shape)}"
+        )
+
+    def rows(first: int, last: int) -> Tensor:
+        weight = file.rows(name, first, last) if replacement is None else replacement[first:last].to(file.dtype(name))
+        if update is None:
+            return weight
+        part = update.rows(first, last, fan_in_fan_out=adapter.fan_in_fan_out)
+        merged = merged_weight(weight, part, fan_in_fan_out=adapter.fan_in_fan_out)
+        _refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
+        return merged
+
+    return TensorToWrite(name, file.dtype(name), tuple(shape), rows)
 
 
 def _tensors_by_file(base: Path) -> dict[str, list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant import merge
 from quant.errors import CheckpointError
+from quant.formats import tensor_files
+from quant.formats.tensor_files import TensorFile
 from quant.merge import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank, merge_adapter, merged_weight
 from quant.model_directory import read_manifest
 from quant.progress import SilentProgress
@@ -100,6 +104,34 @@ def test_fan_in_fan_out_turns_the_update_over() -> None:
     weight = torch.randn(3, 5)
     turned = merged_weight(weight.t(), update, fan_in_fan_out=True)
     assert torch.equal(turned.t(), merged_weight(weight, update))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_rows_of_an_update_are_those_of_the_whole(*, fan_in_fan_out: bool) -> None:
+    update = LowRank(torch.randn(2, 5), torch.randn(3, 2), 0.5)
+    weight = torch.randn(update.shape(fan_in_fan_out=fan_in_fan_out))
+    whole = merged_weight(weight, update, fan_in_fan_out=fan_in_fan_out)
+    part = merged_weight(weight[1:3], update.rows(1, 3, fan_in_fan_out=fan_in_fan_out), fan_in_fan_out=fan_in_fan_out)
+    torch.testing.assert_close(part, whole[1:3])
+
+
+def test_a_base_is_merged_some_rows_at_a_time(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_adapter(*pair, tmp_path / "at once", SilentProgress())
+    monkeypatch.setattr(tensor_files, "_RUN_BYTES", 600)
+    rows, read = list[int](), TensorFile.rows
+
+    def counted(file: TensorFile, name: str, first: int, last: int) -> Tensor:
+        rows.append(last - first)
+        return read(file, name, first, last)
+
+    monkeypatch.setattr(TensorFile, "rows", counted)
+    merge_adapter(*pair, tmp_path / "in rows", SilentProgress())
+    assert max(rows) < 48
+    expected, found = merged_tensors(tmp_path / "at once"), merged_tensors(tmp_path / "in rows")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 def test_half_precision_is_rounded_once() -> None:
@@ -232,4 +264,15 @@ def test_an_interrupted_merge_leaves_nothing(
     monkeypatch.setattr(merge, "write_manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(*pair, tmp_path / "out", SilentProgress())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "my-lora"]
+
+
+def test_a_merged_model_of_a_killed_run_is_removed_by_the_next(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    left = tmp_path / f".out.partial-{finished.pid}-0123"
+    left.mkdir()
+    with merge.merged_for_a_while(*pair, tmp_path / "out", SilentProgress()) as merged:
+        assert merged.directory.name == "base+my-lora"
+        assert not left.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "my-lora"]
