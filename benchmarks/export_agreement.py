@@ -26,6 +26,8 @@ from quant.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_
 from quant.commands import ServingAccess
 from quant.export import Embeddings, export_gguf
 from quant.progress import SilentProgress
+from serving.engine.logits import serving_logits
+from serving.engine.prepare import prepare
 from serving.model.chat_template import find_template
 from serving.model.weights import load_decoder
 
@@ -110,8 +112,7 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
     ids = encode_rows(bundled_rows(BUNDLED_HELD_OUT), access.encoder(options.model))
     windows = held_out_windows(ids, options.window, options.tokens)
     plain = load_decoder(options.model, dtype=torch.float32)
-    served = access.serving_logits(options.model)
-    assert served is not None
+    served = prepare(load_decoder(options.model, dtype=torch.bfloat16), exact=False)
     distances = {name: Distances() for name in ("plain", "served", "plain-served")}
     losses: dict[str, float] = {"llama_cpp": 0.0, "plain": 0.0, "served": 0.0}
     with torch.inference_mode(), _llama_cpp(options, windows) as llama_cpp_logits:
@@ -119,7 +120,7 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
             logs = {
                 "llama_cpp": llama_cpp_logits(index),
                 "plain": plain(window[None])[0],
-                "served": served(window),
+                "served": serving_logits(served, window),
             }
             logs = {name: torch.log_softmax(logits.float(), dim=1) for name, logits in logs.items()}
             distances["plain"].add(logs["plain"], logs["llama_cpp"])
