@@ -25,10 +25,8 @@ class QuantizeOptions:
     eight_bit:     linears that get 8 bits in every layer, such as `down_proj`, whatever the others get
     choices:       bits and group size of single linears by their full names; they come before everything else
     measures_prose: whether the second held-out text is measured too, and not only the conversations
-    measures_speed: whether the engine decodes for a few seconds on source and result
+    measures_speed: whether the engine decodes for a few seconds on source and result, if they fit beside the rest
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
-    measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
-                   takes no more than the rest may
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -42,7 +40,6 @@ class QuantizeOptions:
     measures_prose: bool = True
     measures_speed: bool = True
     merged_from: tuple[Parent, ...] = ()
-    measures_serving: bool | None = None
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""
