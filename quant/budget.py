@@ -237,7 +237,7 @@ def _give_back(search: _Search, taken: list[Refinement], bracket: _Bracket) -> t
         room = (search.limit - increase) / bracket.percent_of_harm
         places = [
             place
-            for place, step in enumerate(taken)
+            for place in range(len(taken))
             if place not in refused
             and _is_last_of_unit(taken, place)
             and _harm_removed(search.units, taken, place) <= room

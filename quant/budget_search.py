@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,6 @@ from quant.budget import (
 )
 from quant.budget_harm import HARM_TOKENS, HARM_WINDOWS, measure_harm
 from quant.budget_record import BudgetRecord
-from quant.formats.checkpoint_names import CheckpointNames
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
 from quant.layer_walk import insert_matrices, quantize_to_disk
@@ -67,7 +66,6 @@ class SearchRun:
     base:        the walk without refinements; the search's own files lie in its directory
     calibration: (samples, tokens) ids; texts: (windows, tokens) ids of each held-out text
     options:     of `base`, with their group size settled
-    names:       of the result's tensors
     """
 
     source: LayerSource
@@ -75,20 +73,21 @@ class SearchRun:
     calibration: Tensor
     texts: Sequence[Tensor]
     options: QuantizeOptions
-    names: CheckpointNames
     progress: ProgressSink
 
     @property
     def record(self) -> BudgetRecord:
-        return BudgetRecord(self.base.work.path / "measured.json")
+        """What was measured with these texts."""
+        digest = hashlib.sha256(b"".join(windows.numpy().tobytes() for windows in self.texts))
+        return BudgetRecord(self.base.work.path / f"measured-{digest.hexdigest()[:12]}.json")
 
 
 @dataclass(frozen=True, slots=True)
 class KnownLosses:
     """Mean negative log-likelihood of each text, nats per token, measured already.
 
-    base:  without refinements, on the plain path
-    added: what the path that serves adds to that, at least 0
+    base:  without refinements, as a trial measures it: plain path, the source's embeddings and head
+    added: what the result has more than that, served and with its own embeddings and head
     """
 
     source: Sequence[float]
@@ -104,9 +103,9 @@ class KnownLosses:
 class BudgetSearch:
     """Holds the walks of one source, and what was measured with them."""
 
-    def __init__(self, run: SearchRun, known: KnownLosses) -> None:
+    def __init__(self, run: SearchRun) -> None:
         """Walks the source once for each way of storing a linear, and measures every unit's harm."""
-        self._run, self._known, self._record = run, known, run.record
+        self._run, self._record = run, run.record
         self.walks = [run.base, *(self._walk(options) for options in rung_options(run.options, run.source.outline()))]
         units = units_of([walk.layers for walk in self.walks], run.source.outline())
         harm = self._record.measured(
@@ -116,12 +115,20 @@ class BudgetSearch:
         self.order = order_refinements(self.units)
         self._num_trials = 0
 
-    def find(self, limit_percent: float) -> SearchResult:
+    def find(self, limit_percent: float, known: KnownLosses) -> SearchResult:
         """The smallest file that keeps the limit in trials. Raises BudgetUnreachableError if none does."""
-        base, least = self._known.percent(self._known.base), self._known.percent(self._known.source)
-        return search_budget(self.units, self.order, limit_percent, base, self.increase_of, least)
+        return self.find_along(self.order, limit_percent, known)
 
-    def increase_of(self, refinements: Sequence[Refinement]) -> float:
+    def find_along(self, order: Sequence[Refinement], limit_percent: float, known: KnownLosses) -> SearchResult:
+        """Likewise, along another order."""
+
+        def increase_of(refinements: Sequence[Refinement]) -> float:
+            return self._try(refinements, known)
+
+        base, least = known.percent(known.base), known.percent(known.source)
+        return search_budget(self.units, order, limit_percent, base, increase_of, least)
+
+    def _try(self, refinements: Sequence[Refinement], known: KnownLosses) -> float:
         """In percent over the source, with what the path that serves adds; says on `progress` what it tries."""
         self._num_trials += 1
         linears = sum(len(unit.names) for unit in self.units)
@@ -129,34 +136,33 @@ class BudgetSearch:
             f"trial {self._num_trials}: {num_refined(self.units, refinements)} of {linears} linears refined, "
             f"{weight_bytes(self.units, refinements) / 1e6:,.1f} MB"
         )
-        losses = self._record.measured(
-            f"losses {self._mark(refinements)}", lambda: self._losses(rungs_of(self.units, refinements), stage)
-        )
-        increase = self._known.percent(losses)
+        increase = known.percent(self.losses(refinements, stage))
         self._run.progress.update(f"{stage}: {increase:+.2f} %", 1, 1)
         return increase
 
+    def losses(self, refinements: Sequence[Refinement], stage: str) -> Sequence[float]:
+        """Of each text on the plain path: mean negative log-likelihood, nats per token. Measured once."""
+        rungs = rungs_of(self.units, refinements)
+        return self._record.measured(f"losses {self._mark(refinements)}", lambda: self._carry_texts(rungs, stage))
+
     def mixture(self, refinements: Sequence[Refinement]) -> Walked:
         """As a walk of its own, its layers on disk like any other's."""
-        work = self._work(f"mixture-{self._mark(refinements)}")
+        base = self._run.base.work
+        work = base.within(f"mixture-{self._mark(refinements)}")
         rungs = rungs_of(self.units, refinements)
         for index in range(self._run.source.num_layers):
             if not work.has(index):
                 report, matrices = self._mixed_layer(index, rungs)
                 work.write(report, matrices)
+        work.link_others(base)
         return Walked(work, [work.report(index) for index in range(self._run.source.num_layers)])
 
     def _walk(self, options: QuantizeOptions) -> Walked:
         run, is_short = self._run, options.gptq.bits == 8
         calibration = run.calibration[:EIGHT_BIT_SAMPLES] if is_short else run.calibration
-        work = self._work(f"bits-{options.gptq.bits}-group-{options.gptq.group_size}")
+        work = run.base.work.within(f"bits-{options.gptq.bits}-group-{options.gptq.group_size}")
         layers = quantize_to_disk(run.source, calibration, options.gptq, options.choice_of, work, run.progress)
         return Walked(work, layers)
-
-    def _work(self, name: str) -> WorkDirectory:
-        path = self._run.base.work.path / name
-        path.mkdir(exist_ok=True)
-        return WorkDirectory(path, self._run.names)
 
     def _mark(self, refinements: Sequence[Refinement]) -> str:
         rungs = rungs_of(self.units, refinements)
@@ -176,16 +182,24 @@ class BudgetSearch:
     def _report_of(self, index: int, name: str, walk: int) -> LinearReport:
         return next(linear for linear in self.walks[walk].layers[index].linears if linear.name == name)
 
-    @torch.inference_mode()
-    def _losses(self, rungs: Sequence[int], stage: str) -> list[float]:
-        """Of each text on the plain path: mean negative log-likelihood, nats per token."""
-        run = self._run
+    def _carry_texts(self, rungs: Sequence[int], stage: str) -> list[float]:
+        """Through the mixture with these rungs of all units, layer by layer. Returns what `losses` does."""
+
+        def mixed(index: int) -> nn.Module:
+            layer = self._run.source.layer(index)
+            insert_matrices(layer, f"model.layers.{index}", self._mixed_layer(index, rungs)[1])
+            return dequantized(layer)
+
+        return carry_texts(self._run, mixed, stage)
+
+
+def carry_texts(run: SearchRun, layer_of: Callable[[int], nn.Module], stage: str) -> list[float]:
+    """Mean negative log-likelihood of each text, nats per token. layer_of: index -> layer in float32."""
+    with torch.inference_mode():
         paths = [PlainPath(run.source, windows) for windows in run.texts]
         for index in range(run.source.num_layers):
             run.progress.update(stage, index, run.source.num_layers)
-            layer = run.source.layer(index)
-            insert_matrices(layer, f"model.layers.{index}", self._mixed_layer(index, rungs)[1])
-            layer = dequantized(layer)
+            layer = layer_of(index)
             for path in paths:
                 path.advance(layer)
         for path in paths:

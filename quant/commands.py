@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.command_line import act_order_warning, parse_merge, parse_quantize
+from quant.command_line import act_order_warning, format_warning, parse_merge, parse_quantize
 
 if TYPE_CHECKING:
     import argparse
@@ -34,9 +34,12 @@ if TYPE_CHECKING:
 def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
     arguments = parse_quantize(argv)
-    warning = act_order_warning(arguments.act_order, symmetric=arguments.sym)
-    if warning is not None:
-        print(f"causerie: warning: {warning}", file=sys.stderr)
+    for warning in (
+        act_order_warning(arguments.act_order, symmetric=arguments.sym),
+        format_warning(symmetric=arguments.sym, checkpoint_format=arguments.format),
+    ):
+        if warning is not None:
+            print(f"causerie: warning: {warning}", file=sys.stderr)
 
     from quant.errors import QuantizationError
     from quant.merge import merged_for_a_while
@@ -67,15 +70,19 @@ def _look_ahead(
     access: ServingAccess, source: Path, arguments: argparse.Namespace, options: QuantizeOptions
 ) -> tuple[RunTexts, Plan]:
     """Everything that can be refused before the first layer, but for room: that is in the plan, to be printed first."""
-    from quant.merge import check_adapter
+    from quant.formats.autogptq import read_json
+    from quant.formats.checkpoint_names import checkpoint_names
+    from quant.layer_walk import refuse_unfit_options
+    from quant.merge import fit_adapter
     from quant.plan import plan_run
     from quant.refusals import refuse_unusable_source
     from quant.texts import prepare_texts
 
     refuse_unusable_source(source)
     if arguments.adapter is not None:
-        check_adapter(source, arguments.adapter)
+        fit_adapter(source, arguments.adapter)
     layers = access.open(source)
+    refuse_unfit_options(layers, checkpoint_names(read_json(source / "config.json")), options)
     texts = prepare_texts(access.encoder(source), options)
     return texts, plan_run(layers, options, arguments.out, merges_adapter=arguments.adapter is not None)
 
@@ -114,6 +121,9 @@ def _options(arguments: argparse.Namespace) -> QuantizeOptions:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         max_perplexity_increase=arguments.max_perplexity_increase,
+        head_bits=arguments.head_bits,
+        embedding_bits=arguments.embedding_bits,
+        checkpoint_format=arguments.format,
     )
 
 

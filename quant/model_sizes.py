@@ -34,6 +34,7 @@ class ModelSizes:
     linears:     of one layer, by name such as `mlp.down_proj`; all layers are alike
     layer_bytes: of the largest layer
     end_bytes:   of embeddings, final norm and head; `head_bytes` of the table that makes logits
+    is_tied:     whether the embeddings are that table
     is_parallel: attention's output is added at the layer's end, together with the feed-forward's
     """
 
@@ -44,6 +45,7 @@ class ModelSizes:
     layer_bytes: int
     end_bytes: int
     head_bytes: int
+    is_tied: bool = True
     is_parallel: bool = False
 
     @property
@@ -88,6 +90,7 @@ def sizes_of(source: LayerSource) -> ModelSizes:
         layer_bytes=max(source.layer_bytes(index) for index in range(source.num_layers)),
         end_bytes=source.end_bytes(),
         head_bytes=source.head_bytes,
+        is_tied=source.is_tied,
         is_parallel=bool(getattr(outline, "is_parallel", False)),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from quant import plan_costs
+from quant.ends import choose_ends
 from quant.errors import QuantizationError
 from quant.layer_source import LayerSource
 from quant.layer_walk import settle_group_size
@@ -100,7 +101,9 @@ def require_room(source: LayerSource, options: QuantizeOptions, out: Path) -> Pl
 
 
 def _settled(source: LayerSource, options: QuantizeOptions) -> QuantizeOptions:
-    return replace(options, gptq=settle_group_size(source, options.gptq))
+    settled = replace(options, gptq=settle_group_size(source, options.gptq))
+    choose_ends(source, settled)  # refuses what cannot be
+    return settled
 
 
 def _plan(sizes: ModelSizes, options: QuantizeOptions, machine: Machine, *, merges_adapter: bool) -> Plan:

@@ -16,7 +16,7 @@ from quant.grids import RANGE_SHRINKAGES
 from quant.machine import Machine, Rates
 from quant.measure import BATCH_WINDOWS, COMPARED_ROWS
 from quant.model_sizes import SHARED_INPUTS, LinearSize, ModelSizes
-from quant.options import QuantizeOptions
+from quant.options import LinearChoice, QuantizeOptions
 from quant.output_parts import MOST_WEIGHTS
 from quant.quantize_model import fast_product_dtype
 from quant.report import MOST_DECODED_BYTES
@@ -54,7 +54,9 @@ def quantize_memory(sizes: ModelSizes, options: QuantizeOptions, threads: int) -
         _matrix_memory(linear, threads, is_joined=reads in SHARED_INPUTS) + token_bytes * _kept_width(sizes, reads)
         for reads, linear in sizes.joined.items()
     )
-    return PROCESS_BYTES + sizes.layer_bytes + at_work
+    # A table of the vocabulary takes a byte a code, and at a time as many weights as a linear.
+    codes = sizes.head_weights if _packed_ends(sizes, options) else 0
+    return PROCESS_BYTES + max(sizes.layer_bytes, codes) + at_work
 
 
 def _matrix_memory(linear: LinearSize, threads: int, *, is_joined: bool) -> float:
@@ -90,7 +92,8 @@ def measure_memory(sizes: ModelSizes, options: QuantizeOptions) -> float:
     plain = 3 * state + 4 * sizes.layer_weights + sizes.layer_bytes + max(batch, rounding)
     served = 4 * state + max(HEAD_PACKING_BYTES * sizes.head_weights, sizes.end_bytes + 3 * sizes.layer_weights)
     logits = LOGIT_COPIES * 4 * COMPARED_ROWS * sizes.vocab
-    comparing = 3.5 * state + 2 * sizes.head_bytes + 2 * sizes.head_weights + logits
+    heads = 2 * sizes.head_bytes + (2 + len(_packed_ends(sizes, options))) * sizes.head_weights
+    comparing = 3.5 * state + heads + logits
     return PROCESS_BYTES + max(plain, served, comparing)
 
 
@@ -106,18 +109,30 @@ def speed_memory(sizes: ModelSizes, options: QuantizeOptions) -> float | None:
 
 
 def packed_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
-    """Of all layers as they are written."""
-    total = 0
-    for name, linear in sizes.linears.items():
-        choice = options.choice_of(f"model.layers.0.{name}")
-        size = choice.group_size or 32
-        groups = 1 if size < 1 else linear.inputs // size
-        total += linear.weights * choice.bits // 8 + groups * linear.outputs * (2 + 1) + 4 * linear.inputs
-    return sizes.num_layers * total
+    """Of everything that is quantised, as it is written."""
+    choices = ((linear, options.choice_of(f"model.layers.0.{name}")) for name, linear in sizes.linears.items())
+    layer = sum(_packed_linear_bytes(linear.outputs, linear.inputs, choice) for linear, choice in choices)
+    return sizes.num_layers * layer + sum(_packed_ends(sizes, options))
+
+
+def _packed_linear_bytes(outputs: int, inputs: int, choice: LinearChoice) -> int:
+    size = choice.group_size or 32
+    groups = 1 if size < 1 else inputs // size
+    return outputs * inputs * choice.bits // 8 + groups * outputs * (2 + 1) + 4 * inputs
+
+
+def _packed_ends(sizes: ModelSizes, options: QuantizeOptions) -> list[int]:
+    """Bytes of each table of the vocabulary that is quantised, packed."""
+    bits = [options.head_bits, options.embedding_bits]
+    if sizes.is_tied:
+        bits = [options.head_bits or options.embedding_bits]
+    choices = [LinearChoice(width, options.gptq.group_size) for width in bits if width is not None]
+    return [_packed_linear_bytes(sizes.vocab, sizes.hidden, choice) for choice in choices]
 
 
 def result_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
-    return packed_bytes(sizes, options) + sizes.end_bytes
+    plain_ends = sizes.end_bytes - len(_packed_ends(sizes, options)) * sizes.head_bytes
+    return packed_bytes(sizes, options) + plain_ends
 
 
 def search_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
@@ -130,17 +145,21 @@ def _search_cost(sizes: ModelSizes, options: QuantizeOptions) -> SearchCost:
 
 
 def quantize_seconds(sizes: ModelSizes, options: QuantizeOptions, machine: Machine) -> float:
-    """Of all layers. For each matrix: products over the calibration text, GPTQ's own and the refinement's, and steps
-    from input to input."""
+    """Of all layers, and of the tables of the vocabulary."""
     tokens, rates = options.samples * options.seq_len, machine.rates
     layer = 2.0 * tokens * sizes.layer_weights / rates.fast_flops
     layer += ACTIVATION_PASSES * tokens * (sizes.hidden + sizes.widest_input) * 4 / rates.step_bytes
-    for linear in sizes.joined.values():
-        square = linear.outputs * float(linear.inputs) ** 2
-        layer += tokens * float(linear.inputs) ** 2 / rates.fast_flops
-        layer += ((5 + 2 * options.gptq.refine_sweeps) * square + 2.0 * float(linear.inputs) ** 3) / rates.float32_flops
-        layer += _step_seconds(linear, options.gptq, machine)
-    return sizes.num_layers * layer
+    layer += sum(_matrix_seconds(linear, options, machine) for linear in sizes.joined.values())
+    table = _matrix_seconds(LinearSize(sizes.vocab, sizes.hidden, "table"), options, machine)
+    return sizes.num_layers * layer + len(_packed_ends(sizes, options)) * table
+
+
+def _matrix_seconds(linear: LinearSize, options: QuantizeOptions, machine: Machine) -> float:
+    """Products over the calibration text, GPTQ's own and the refinement's, and steps from input to input."""
+    inputs, rates = float(linear.inputs), machine.rates
+    hessian = options.samples * options.seq_len * inputs**2 / rates.fast_flops
+    products = (5 + 2 * options.gptq.refine_sweeps) * linear.outputs * inputs**2 + 2.0 * inputs**3
+    return hessian + products / rates.float32_flops + _step_seconds(linear, options.gptq, machine)
 
 
 def _step_seconds(linear: LinearSize, options: GptqOptions, machine: Machine) -> float:
