@@ -1,16 +1,19 @@
 """How much memory `causerie quantize` takes on a checkpoint that would not fit as a whole.
 
-    python -m benchmarks.quantize_memory --layers 24          a Llama of 1.4 billion parameters with random weights
+    python -m benchmarks.quantize_memory                      a Llama of 1.3 billion parameters with random weights
+    python -m benchmarks.quantize_memory --plan --layers 32 --hidden 4096 --inner 14336 --heads 32 --kv-heads 8 \\
+        --vocab 128256 --samples 128                          what 8 billion would take: nothing is quantised
 
-Writes the checkpoint layer by layer, quantises it in a process of its own and compares that one's peak with the bound:
-1.5 x (largest layer's weights as stored + its Hessians + calibration activations) + 1 GB. What is computed with random
-weights means nothing; only memory and time do. Needs no network.
+Writes the checkpoint layer by layer, quantises it in a process of its own and compares that one's peak with its plan
+and with the bound: 1.5 x (largest layer's weights as stored + its Hessians + calibration activations) + 1 GB. What is
+computed with random weights means nothing; only memory and time do. Needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -48,6 +51,25 @@ class Shape:
         }
 
     @property
+    def files(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The tensors of each file, with their shapes."""
+        files: dict[str, dict[str, tuple[int, ...]]] = {}
+        files["ends.safetensors"] = {
+            "model.embed_tokens.weight": (self.vocab, self.hidden),
+            "model.norm.weight": (self.hidden,),
+        }
+        for index in range(self.layers):
+            prefix = f"model.layers.{index}"
+            files[f"layer-{index:05d}.safetensors"] = {
+                **{f"{prefix}.{name}.weight": size for name, size in self.linears.items()},
+                **{
+                    f"{prefix}.{name}.weight": (self.hidden,)
+                    for name in ("input_layernorm", "post_attention_layernorm")
+                },
+            }
+        return files
+
+    @property
     def layer_parameters(self) -> int:
         return sum(outputs * inputs for outputs, inputs in self.linears.values()) + 2 * self.hidden
 
@@ -68,21 +90,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=5632)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--plan", action="store_true", help="only the plan, from a checkpoint of headers and holes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", nargs=2, metavar=("SOURCE", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
         return _work(Path(options.worker[0]), Path(options.worker[1]), options.samples, options.seq_len)
-    shape = Shape(options.layers, options.hidden, options.inner, 16, 16, 32_000)
+    shape = Shape(options.layers, options.hidden, options.inner, options.heads, options.kv_heads, options.vocab)
+    look = plan_only if options.plan else measure
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(shape, options.samples, options.seq_len, Path(folder))
+        record = look(shape, options.samples, options.seq_len, Path(folder))
     for name, value in record.items():
-        print(f"{name:<24} {value:>14,.2f}")
+        print(f"{name:<24} {value:>18,.2f}")
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0 if record["peak_over_bound"] <= 1 else 1
+    return 0 if record["planned_over_bound" if options.plan else "peak_over_bound"] <= 1 else 1
+
+
+def plan_only(shape: Shape, samples: int, seq_len: int, folder: Path) -> dict[str, float]:
+    """Prints the plan as `causerie quantize --plan` does."""
+    from quant.options import QuantizeOptions
+    from quant.plan import plan_run
+    from serving.model.layer_source import DirectoryLayers
+
+    write_hollow_checkpoint(folder / "source", shape)
+    options = QuantizeOptions(samples=samples, seq_len=seq_len)
+    plan = plan_run(DirectoryLayers(folder / "source"), options, folder / "out")
+    print("\n".join(plan.lines))
+    bound = shape.bound_bytes(samples * seq_len)
+    return {
+        "parameters": shape.parameters,
+        "calibration_tokens": samples * seq_len,
+        "bound_bytes": bound,
+        "planned_bytes": plan.peak_memory_bytes,
+        "planned_over_bound": plan.peak_memory_bytes / bound,
+        "planned_seconds": plan.seconds,
+    }
 
 
 def measure(shape: Shape, samples: int, seq_len: int, folder: Path) -> dict[str, float]:
@@ -115,25 +163,37 @@ def write_random_checkpoint(directory: Path, shape: Shape) -> None:
 
     from quant.formats.tensor_files import held, write_tensors
 
-    directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    file_of_tensor: dict[str, str] = {}
 
-    def draw(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn((rows, columns), generator=generator) / columns**0.5).to(torch.bfloat16)
+    def draw(size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size, dtype=torch.bfloat16)
+        return (torch.randn(size, generator=generator) / size[1] ** 0.5).to(torch.bfloat16)
 
-    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        write_tensors(directory / name, [held(key, tensor) for key, tensor in tensors.items()], {"format": "pt"})
-        file_of_tensor.update(dict.fromkeys(tensors, name))
+    _write_config(directory, shape)
+    for name, sizes in shape.files.items():
+        write_tensors(directory / name, [held(key, draw(size)) for key, size in sizes.items()], {"format": "pt"})
 
-    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    write("ends.safetensors", {"model.embed_tokens.weight": draw(shape.vocab, shape.hidden), "model.norm.weight": ones})
-    for index in range(shape.layers):
-        prefix = f"model.layers.{index}"
-        layer = {f"{prefix}.{name}.weight": draw(*size) for name, size in shape.linears.items()}
-        norms = {f"{prefix}.{name}.weight": ones for name in ("input_layernorm", "post_attention_layernorm")}
-        write(f"layer-{index:05d}.safetensors", {**layer, **norms})
-    index = {"metadata": {}, "weight_map": file_of_tensor}
+
+def write_hollow_checkpoint(directory: Path, shape: Shape) -> None:
+    """The same with a hole in place of the weights, which read as zeros: it takes next to no disk."""
+    _write_config(directory, shape)
+    for name, sizes in shape.files.items():
+        header: dict[str, object] = {}
+        end = 0
+        for key, size in sizes.items():
+            start, end = end, end + 2 * math.prod(size)
+            header[key] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (directory / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+
+
+def _write_config(directory: Path, shape: Shape) -> None:
+    directory.mkdir(parents=True)
+    weight_map = {key: name for name, sizes in shape.files.items() for key in sizes}
+    index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
     from quant.calibration import Encoder, Row
     from quant.layer_source import LayerSource
-    from quant.measure import WindowLogits
+    from quant.measure import RowLogits
+    from quant.plan import Plan
     from quant.progress import ProgressSink
     from quant.quantize_directory import QuantizeOptions
     from quant.report import DecodeSpeed, QuantizationReport
-
-
-SEARCH_COST = "if that misses the perplexity budget, the search for one that keeps it takes about four times as long"
+    from quant.texts import RunTexts
 
 
 def quantize(argv: Sequence[str]) -> int:
@@ -44,26 +43,50 @@ def quantize(argv: Sequence[str]) -> int:
         if warning is not None:
             print(f"causerie: warning: {warning}", file=sys.stderr)
 
+    from quant.errors import QuantizationError
     from quant.merge import merged_for_a_while
-    from quant.plan import plan_run
+    from quant.quantize_directory import quantize_with
+    from quant.refusals import refuse_used_name
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
-    options = _options(arguments)
+    options, access = _options(arguments), ServingAccess()
+    refuse_used_name(arguments.out)
     with _progress() as progress, contextlib.ExitStack() as stack:
         source = prepare_source(arguments.model, cache_directory(os.environ), progress)
+        texts, plan = _look_ahead(access, source, arguments, options)
+        print("\n".join(plan.lines), file=sys.stdout if arguments.plan else sys.stderr)
+        if plan.refusal is not None:
+            raise QuantizationError(plan.refusal)
+        if arguments.plan:
+            return 0
         if arguments.adapter is not None:
             merged = stack.enter_context(merged_for_a_while(source, arguments.adapter, arguments.out, progress))
             source, options = merged.directory, replace(options, merged_from=merged.parents)
-        plan = plan_run(ServingAccess().open(source), options, arguments.out)
-        print("\n".join(plan.lines), file=sys.stdout if arguments.plan else sys.stderr)
-        if options.max_perplexity_increase is not None:
-            print(SEARCH_COST, file=sys.stdout if arguments.plan else sys.stderr)
-        if arguments.plan:
-            return 0
-        report = quantize_directory(source, arguments.out, options, progress)
+        report = quantize_with(access, source, arguments.out, options, progress, texts=texts)
     print(f"{arguments.out}: {report.summary}; details in {arguments.out / 'quantization_report.md'}")
     return 0
+
+
+def _look_ahead(
+    access: ServingAccess, source: Path, arguments: argparse.Namespace, options: QuantizeOptions
+) -> tuple[RunTexts, Plan]:
+    """Everything that can be refused before the first layer, but for room: that is in the plan, to be printed first."""
+    from quant.formats.autogptq import read_json
+    from quant.formats.checkpoint_names import checkpoint_names
+    from quant.layer_walk import refuse_unfit_options
+    from quant.merge import fit_adapter
+    from quant.plan import plan_run
+    from quant.refusals import refuse_unusable_source
+    from quant.texts import prepare_texts
+
+    refuse_unusable_source(source)
+    if arguments.adapter is not None:
+        fit_adapter(source, arguments.adapter)
+    layers = access.open(source)
+    refuse_unfit_options(layers, checkpoint_names(read_json(source / "config.json")), options)
+    texts = prepare_texts(access.encoder(source), options)
+    return texts, plan_run(layers, options, arguments.out, merges_adapter=arguments.adapter is not None)
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -155,19 +178,10 @@ class ServingAccess:
         except NoChatTemplateError:
             return None
 
-    def serving_logits(self, directory: Path) -> WindowLogits | None:
-        import torch
+    def serve_windows(self, directory: Path, windows: Tensor, progress: ProgressSink, stage: str) -> RowLogits | None:
+        from serving.engine.layered_logits import serve_windows
 
-        from serving.engine.logits import serving_logits
-        from serving.engine.prepare import prepare
-        from serving.model.weights import load_decoder
-
-        prepared = prepare(load_decoder(directory, dtype=torch.bfloat16), exact=False)
-
-        def logits(ids: Tensor) -> Tensor:
-            return serving_logits(prepared, ids)
-
-        return logits
+        return serve_windows(directory, windows, progress, stage)
 
     def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
         from serving.engine.decode_speed import measure_in_child

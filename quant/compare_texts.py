@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from quant.measure import PlainPaths, WindowLogits, compare
+from quant.measure import PlainPaths, RowLogits, compare
 from quant.progress import ProgressSink
 from quant.report import TextComparison
 from quant.texts import HeldOut
 
 
 def compare_texts(
-    texts: Sequence[HeldOut], paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
+    texts: Sequence[HeldOut], paths: PlainPaths, served: RowLogits | None, progress: ProgressSink
 ) -> tuple[TextComparison, ...]:
-    """paths: carried over the windows of all texts, one text after another. serve: None to leave that path out."""
+    """paths, served: carried over the windows of all texts, one text after another. served: None to leave it out."""
     compared: list[TextComparison] = []
     first = 0
     for text in texts:
-        compared.append(_compare_text(text, first, paths, serve, progress))
+        compared.append(_compare_text(text, first, paths, served, progress))
         first += text.windows.shape[0]
     return tuple(compared)
 
 
 def _compare_text(
-    text: HeldOut, first: int, paths: PlainPaths, serve: WindowLogits | None, progress: ProgressSink
+    text: HeldOut, first: int, paths: PlainPaths, served: RowLogits | None, progress: ProgressSink
 ) -> TextComparison:
     """first: the index of the text's first window in `paths`."""
-    others: list[Callable[[int], Tensor]] = [
-        lambda window: paths.result.logits(first + window),
-        lambda window: paths.nearest.logits(first + window),
-    ]
-    if serve is not None:
-        others.append(lambda window: serve(text.windows[window]))
+    others = [_from(first, paths.result.logits), _from(first, paths.nearest.logits)]
+    if served is not None:
+        others.append(_from(first, served))
     perplexity, agreements = compare(
         text.windows,
-        lambda window: paths.source.logits(first + window),
+        _from(first, paths.source.logits),
         others,
         progress,
         f"Comparing predictions on {text.file.name}",
@@ -48,5 +43,10 @@ def _compare_text(
         source_perplexity=perplexity,
         plain=agreements[0],
         round_to_nearest=agreements[1],
-        served=agreements[2] if serve is not None else None,
+        served=agreements[2] if served is not None else None,
     )
+
+
+def _from(first: int, logits: RowLogits) -> RowLogits:
+    """The same with windows counted from `first`."""
+    return lambda window, rows: logits(first + window, rows)

@@ -23,9 +23,11 @@ from quant.progress import ProgressSink
 
 # Windows in one forward of one layer: more gain nothing and take memory.
 BATCH_WINDOWS = 4
+# Rows of logits that are compared at a time: of a large vocabulary, those of a whole window would be the peak.
+COMPARED_ROWS = 128
 
-WindowLogits: TypeAlias = Callable[[Tensor], Tensor]
-"""ids (tokens,) -> logits (tokens, vocabulary)."""
+RowLogits: TypeAlias = Callable[[int, slice], Tensor]
+"""(window, rows of it) -> logits (rows, vocabulary) float32, for the caller to use up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ class PlainPath:
         self._hidden = self._ends.final_norm(self._hidden)
         self._is_finished = True
 
-    def logits(self, window: int) -> Tensor:
-        """(tokens, vocabulary) float32."""
+    def logits(self, window: int, rows: slice = slice(None)) -> Tensor:
+        """(rows, vocabulary) float32."""
         assert self._is_finished
         with torch.inference_mode():
-            return self._ends.logits(self._hidden[window])
+            return self._ends.logits(self._hidden[window, rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,14 @@ class AgreementSum:
         self._kl: list[Tensor] = []  # (tokens,) each
         self._same = self._predicted = self._compared = 0
 
-    def add(self, ids: Tensor, source_log_probs: Tensor, logits: Tensor) -> None:
-        """ids (tokens,); source_log_probs and logits (tokens, vocabulary) float32. `logits` is used up."""
+    def add(self, following: Tensor, source_log_probs: Tensor, logits: Tensor) -> None:
+        """following: the token after each row, (rows,), or one fewer where the last row ends its window.
+        source_log_probs and logits: (rows, vocabulary) float32; `logits` is used up."""
         log_probs = log_softmax_in_place(logits)
-        self._log_loss -= float(log_probs[:-1].gather(1, ids[1:, None]).sum(dtype=torch.float64))
-        self._predicted += ids.shape[0] - 1
+        self._log_loss += _log_loss(log_probs, following)
+        self._predicted += following.shape[0]
         self._same += int((log_probs.argmax(1) == source_log_probs.argmax(1)).sum())
-        self._compared += ids.shape[0]
+        self._compared += log_probs.shape[0]
         torch.sub(source_log_probs, log_probs, out=log_probs)
         self._kl.append((log_probs * source_log_probs.exp()).sum(1).clamp_min_(0))
 
@@ -166,24 +169,32 @@ class AgreementSum:
 
 def compare(
     windows: Tensor,
-    source: Callable[[int], Tensor],
-    others: Sequence[Callable[[int], Tensor]],
+    source: RowLogits,
+    others: Sequence[RowLogits],
     progress: ProgressSink,
     stage: str,
 ) -> tuple[float, list[Agreement]]:
-    """The source's perplexity, and each other model's agreement with it. Callables: window index -> logits."""
+    """The source's perplexity, and each other model's agreement with it. windows: (count, tokens) ids."""
     log_loss = 0.0
     sums = [AgreementSum() for _ in others]
     with torch.inference_mode():
         for index, ids in enumerate(windows):
             progress.update(stage, index, len(windows))
-            log_probs = log_softmax_in_place(source(index).to(torch.float32))
-            log_loss -= float(log_probs[:-1].gather(1, ids[1:, None]).sum(dtype=torch.float64))
-            for total, other in zip(sums, others, strict=True):
-                total.add(ids, log_probs, other(index).to(torch.float32))
+            for start in range(0, len(ids), COMPARED_ROWS):
+                rows = slice(start, start + COMPARED_ROWS)
+                following = ids[start + 1 : start + 1 + COMPARED_ROWS]
+                log_probs = log_softmax_in_place(source(index, rows))
+                log_loss += _log_loss(log_probs, following)
+                for total, other in zip(sums, others, strict=True):
+                    total.add(following, log_probs, other(index, rows))
     progress.update(stage, len(windows), len(windows))
     perplexity = math.exp(log_loss / (windows.shape[0] * (windows.shape[1] - 1)))
     return perplexity, [total.result() for total in sums]
+
+
+def _log_loss(log_probs: Tensor, following: Tensor) -> float:
+    """Summed over the rows that a token follows. log_probs: (rows, vocabulary)."""
+    return -float(log_probs[: following.shape[0]].gather(1, following[:, None]).sum(dtype=torch.float64))
 
 
 def log_softmax_in_place(logits: Tensor) -> Tensor:

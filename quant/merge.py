@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from quant.model_directory import (
     hash_directory,
     publish_directory,
     read_manifest,
+    remove_leftovers_of,
+    temporary_beside,
     write_manifest,
 )
 from quant.progress import ProgressSink
@@ -63,13 +64,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) 
     quantised, an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
     """
     _refuse_unusable(base, out)
-    names = checkpoint_names(read_json(base / CONFIG_FILE))
-    update = read_adapter(adapter).renamed(names.standard)
-    files = [TensorFile(path) for path in sorted(set(locate_tensors(base).values()))]
-    names_of_base = {names.standard(name) for file in files for name in file.tensors}
-    _refuse_strangers(update, names_of_base, base)
-    _refuse_untying(update, names, names_of_base, base)
-    merged = {file.path.name: [_merged(file, name, update, names) for name in file.tensors] for file in files}
+    update, merged = fit_adapter(base, adapter)
     with publish_directory(out) as directory:
         _copy_other_files(base, directory)
         for index, (name, tensors) in enumerate(merged.items()):
@@ -79,20 +74,38 @@ def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) 
         write_manifest(directory, _manifest(base, update))
 
 
+def fit_adapter(base: Path, adapter: Path) -> tuple[Adapter, dict[str, list[TensorToWrite]]]:
+    """The adapter, and each file of the merged model as it is to be written; of the base only headers are read.
+
+    Raises CheckpointError as `merge_adapter` does.
+    """
+    names = checkpoint_names(read_json(base / CONFIG_FILE))
+    update = read_adapter(adapter).renamed(names.standard)
+    files = [TensorFile(path) for path in sorted(set(locate_tensors(base).values()))]
+    names_of_base = {names.standard(name) for file in files for name in file.tensors}
+    _refuse_strangers(update, names_of_base, base)
+    _refuse_untying(update, names, names_of_base, base)
+    merged = {file.path.name: [_merged(file, name, update, names) for name in file.tensors] for file in files}
+    return update, merged
+
+
 @contextlib.contextmanager
 def merged_for_a_while(base: Path, adapter: Path, beside: Path, progress: ProgressSink) -> Generator[Merged]:
     """The merged model in a temporary directory next to `beside`, on whose disk there must be room for it.
 
     Raises as `merge_adapter` does.
     """
-    parent = beside.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged-", dir=parent) as folder:
-        directory = Path(folder) / f"{base.name}+{adapter.name}"
+    remove_leftovers_of(beside)
+    folder = temporary_beside(beside)
+    folder.mkdir(parents=True)
+    try:
+        directory = folder / f"{base.name}+{adapter.name}"
         merge_adapter(base, adapter, directory, progress)
         manifest = read_manifest(directory)
         assert manifest is not None
         yield Merged(directory, manifest.parents)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_unusable(base: Path, out: Path) -> None:

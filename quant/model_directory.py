@@ -186,7 +186,7 @@ def publish_directory(target: Path) -> Generator[Path]:
     """
     target = target.resolve()  # a link keeps pointing to where its owner wants the files
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}{_TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = temporary_beside(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -222,6 +222,11 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def temporary_beside(target: Path) -> Path:
+    """A free name for a directory of this process; what is left of it when that is killed is found by the target's."""
+    return target.absolute().parent / f".{target.name}{_TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def remove_leftovers(parent: Path) -> list[Path]:

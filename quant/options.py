@@ -28,10 +28,8 @@ class QuantizeOptions:
     head_bits, embedding_bits: of the tables of the vocabulary; None leaves them plain. Where the two are one table,
                    either means both
     measures_prose: whether the second held-out text is measured too, and not only the conversations
-    measures_speed: whether the engine decodes for a few seconds on source and result
+    measures_speed: whether the engine decodes for a few seconds on source and result, if they fit beside the rest
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
-    measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
-                   takes no more than the rest may
     checkpoint_format: the version of AutoGPTQ's layout to write
     """
 
@@ -46,7 +44,6 @@ class QuantizeOptions:
     measures_prose: bool = True
     measures_speed: bool = True
     merged_from: tuple[Parent, ...] = ()
-    measures_serving: bool | None = None
     head_bits: int | None = None
     embedding_bits: int | None = None
     checkpoint_format: CheckpointFormat = CheckpointFormat.V1

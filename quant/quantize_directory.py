@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from quant.budget_attempts import OverBudgetError, keep_budget
 from quant.budget_search import SearchRun, Walked
 from quant.calibration import Encoder
 from quant.compare_texts import compare_texts
 from quant.ends import EMBEDDINGS, HEAD, choose_ends
-from quant.errors import CheckpointError, QuantizationError
-from quant.formats.autogptq import gptq_settings, read_json
+from quant.errors import CheckpointError
+from quant.formats.autogptq import read_json
 from quant.formats.autogptq_writer import write_checkpoint
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, refuse_damaged_ends, refuse_unfit_options, settle_group_size
-from quant.measure import WindowLogits, carry_paths
+from quant.measure import RowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
     Manifest,
@@ -46,6 +47,7 @@ from quant.options import LinearChoice, QuantizeOptions
 from quant.plan import require_room
 from quant.progress import ProgressSink
 from quant.quantize_model import LayerReport, fast_product_dtype
+from quant.refusals import refuse_unusable_source, refuse_used_name
 from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextComparison, write_report
 from quant.settling import fastest_settling
 from quant.texts import RunTexts, prepare_texts
@@ -66,8 +68,8 @@ class ModelAccess(Protocol):
 
     def chat_format_sha256(self, directory: Path) -> str | None: ...
 
-    def serving_logits(self, directory: Path) -> WindowLogits | None:
-        """Logits on the path that serves; None where there is no such path to measure."""
+    def serve_windows(self, directory: Path, windows: Tensor, progress: ProgressSink, stage: str) -> RowLogits | None:
+        """Windows (count, tokens) of ids on the path that serves; None where there is no such path to measure."""
         ...
 
     def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
@@ -103,14 +105,20 @@ class _Run:
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
                 "ends": {name: asdict(choice) for name, choice in self.ends.items()},
                 "products": str(fast_product_dtype()),
-                "format": options.checkpoint_format,
                 "settling": fastest_settling().name,
+                "format": options.checkpoint_format,
             }
         )
 
 
 def quantize_with(
-    access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink
+    access: ModelAccess,
+    source: Path,
+    out: Path,
+    options: QuantizeOptions,
+    progress: ProgressSink,
+    *,
+    texts: RunTexts | None = None,
 ) -> QuantizationReport:
     """Quantise `source` into the new directory `out`, which appears whole or not at all.
 
@@ -118,9 +126,11 @@ def quantize_with(
     Where it loses more than `max_perplexity_increase`, `quant.budget_attempts` finds which linears to refine.
     Raises QuantizationError for what cannot be done as asked, a limit that cannot be kept and a full disk included;
     CheckpointError for a directory that cannot be used.
+    texts: what `prepare_texts` makes of the options, if it is there already
     """
-    _refuse_unusable(source, out)
-    run = _prepare(access, source, out, options, progress)
+    refuse_used_name(out)
+    refuse_unusable_source(source)
+    run = _prepare(access, source, out, options, progress, texts)
     _mention_other_works(out, run.mark)
     names = checkpoint_names(read_json(run.source / "config.json"))
     with (
@@ -165,24 +175,22 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _refuse_unusable(source: Path, out: Path) -> None:
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} is not a model directory: it has no config.json")
-    if gptq_settings(source) is not None:
-        raise QuantizationError(f"{source} is quantised already; give the directory of its source weights")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QuantizationError(f"{out} exists and is not empty; give the name of a new directory")
-
-
-def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
+def _prepare(
+    access: ModelAccess,
+    source: Path,
+    out: Path,
+    options: QuantizeOptions,
+    progress: ProgressSink,
+    texts: RunTexts | None,
+) -> _Run:
     started = time.monotonic()
     layers = access.open(source)
     names = checkpoint_names(read_json(source / "config.json"))
     refuse_unfit_options(layers, names, options)
-    texts = prepare_texts(access.encoder(source), options)
+    texts = texts or prepare_texts(access.encoder(source), options)
     plan = require_room(layers, options, out)
     refuse_damaged_ends(source, names)
-    settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
+    settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_speed=plan.measures_speed)
     ends = choose_ends(layers, settled)
     return _Run(access, source, hash_directory(source), layers, ends, settled, texts, progress, started)
 
@@ -251,8 +259,8 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     stage = "Measuring source and result"
     result = run.access.open(directory)
     paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
-    serve = run.access.serving_logits(directory) if run.options.measures_serving else None
-    return compare_texts(run.texts.held_out, paths, serve, run.progress)
+    served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
+    return compare_texts(run.texts.held_out, paths, served, run.progress)
 
 
 def _report(
@@ -296,8 +304,7 @@ def _bits_of(run: _Run, end: str) -> int | None:
 
 
 def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
-    # An engine holds a whole model, so this has no room where measuring the serving path has none.
-    if not run.options.measures_speed or not run.options.measures_serving:
+    if not run.options.measures_speed:
         return report
     stage = "Measuring how fast it decodes"
     run.progress.update(stage, 0, 1)

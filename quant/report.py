@@ -25,6 +25,8 @@ REPORT_MARKDOWN = "quantization_report.md"
 REPORT_PLOT = "quantization_report.png"
 # 1 had one held-out text, and none of the fields that describe a text, the baseline, the speed and the head.
 REPORT_VERSION = 2
+# Larger weights than this are not decoded for their speed: loading them would take longer than the figure is worth.
+MOST_DECODED_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ typedef struct {
     const int32_t *tables;       /* (sequences, table_width): blocks of each sequence */
     const int32_t *sequences;    /* (rows): which table is the row's */
     int32_t num_rows, table_width;
-    uint16_t *out;               /* (rows, hidden) bf16: hidden states after the final norm */
+    float *hidden;               /* (rows, hidden): the residual stream, in place of embeddings; or null */
+    uint16_t *out;               /* (rows, hidden) bf16: hidden states after the final norm; or null: see `hidden` */
 } Batch;
 
 typedef struct {
@@ -229,7 +230,9 @@ static void embed_and_turn(Step *s) {
     const int half = m->head_dim / 2;
     for (int row = 0; row < s->batch->num_rows; row++) {
         const uint16_t *from = m->embedding + s->batch->ids[row] * m->hidden;
-        for (int i = 0; i < m->hidden; i += VL) vf_store(s->hidden + (int64_t)row * m->hidden + i, vf_load_bf16(from + i));
+        if (!s->batch->hidden)
+            for (int i = 0; i < m->hidden; i += VL)
+                vf_store(s->hidden + (int64_t)row * m->hidden + i, vf_load_bf16(from + i));
         for (int i = 0; i < half; i++) {
             float angle = (float)s->batch->positions[row] * m->frequencies[i];
             s->cos[(int64_t)row * half + i] = cosf(angle);
@@ -298,7 +301,7 @@ void causerie_decode_step(const Model *m, const Batch *batch, int threads) {
     Step s = {
         .model = m,
         .batch = batch,
-        .hidden = scratch(SLOT_HIDDEN, rows * m->hidden * 4),
+        .hidden = batch->hidden ? batch->hidden : scratch(SLOT_HIDDEN, rows * m->hidden * 4),
         .cos = scratch(SLOT_COS, rows * half * 4),
         .sin = scratch(SLOT_SIN, rows * half * 4),
         .wide = scratch(SLOT_WIDE, rows * (m->inner > qkv_width ? m->inner : qkv_width) * 4),
@@ -316,7 +319,7 @@ void causerie_decode_step(const Model *m, const Batch *batch, int threads) {
         run_layer(&s);
     }
     float normed[m->hidden];
-    for (int64_t row = 0; row < rows; row++) {
+    for (int64_t row = 0; batch->out && row < rows; row++) {
         rms_norm(s.hidden + row * m->hidden, m->final_norm, m->norm_eps, m->hidden, normed);
         for (int i = 0; i < m->hidden; i += VL) vf_store_bf16(batch->out + row * m->hidden + i, vf_load(normed + i));
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from quant.errors import CheckpointError
-from quant.report import DecodeSpeed
+from quant.report import MOST_DECODED_BYTES, DecodeSpeed
 from serving.child_process import child_environment, python_command
 from serving.engine.engine import Engine, load_engine
 from serving.engine.requests import CancelRequest, GenerateRequest, SamplingParams
@@ -32,14 +32,12 @@ MAX_TOKENS = 64
 TIME_LIMIT_S = 1.5
 # Starting, loading and decoding; more than ten times what a small model takes.
 CHILD_TIMEOUT_S = 120.0
-# Larger weights would take longer to load than the report is worth, and the memory that the plan left free.
-MAX_WEIGHT_BYTES = 2 * 1000**3
 _KV_BYTES = 64 * 1024 * 1024
 
 
 def measure_in_child(directories: Sequence[Path]) -> list[DecodeSpeed | None]:
     """One after another, in a process of their own. None, and a log line, for what could not be measured."""
-    small = [directory for directory in directories if _weight_bytes(directory) <= MAX_WEIGHT_BYTES]
+    small = [directory for directory in directories if _weight_bytes(directory) <= MOST_DECODED_BYTES]
     if not small:
         return [None] * len(directories)
     command = python_command("serving.engine.decode_speed", *(str(directory) for directory in small))

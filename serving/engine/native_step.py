@@ -84,6 +84,7 @@ class _CBatch(ctypes.Structure):
         ("sequences", ctypes.c_void_p),
         ("num_rows", ctypes.c_int32),
         ("table_width", ctypes.c_int32),
+        ("hidden", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
     )
 
@@ -113,7 +114,7 @@ class NativeStep:
             embedding.data_ptr(),
             self._norm(decoder.model.norm),
             frequencies.data_ptr(),
-            spec.num_layers,
+            len(layers),
             spec.hidden_size,
             spec.intermediate_size,
             spec.num_heads,
@@ -129,13 +130,29 @@ class NativeStep:
 
     def run(self, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
         """As `runner.run_step`: (rows, hidden) bfloat16 after the final norm; every row's key and value is cached."""
+        out = torch.empty(sum(chunk.num_tokens for chunk in chunks), self._hidden_size, dtype=torch.bfloat16)
+        self._step(cache, chunks, None, out)
+        return out
+
+    def carry(self, cache: KVCache, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """As `runner.carry_chunks`: the residual stream through the layers, in place."""
+        self._step(cache, chunks, hidden, None)
+
+    def finish(self, cache: KVCache, chunks: Sequence[Chunk], hidden: Tensor) -> Tensor:
+        """As `run`, from the residual stream of the rows, which is used up."""
+        out = torch.empty(hidden.shape, dtype=torch.bfloat16)
+        self._step(cache, chunks, hidden, out)
+        return out
+
+    def _step(self, cache: KVCache, chunks: Sequence[Chunk], hidden: Tensor | None, out: Tensor | None) -> None:
+        """hidden: (rows, hidden) float32 and contiguous, in place of embeddings."""
+        assert hidden is None or (hidden.dtype == torch.float32 and hidden.is_contiguous())
         ids = torch.tensor([i for chunk in chunks for i in chunk.ids])
         positions = torch.tensor([p for chunk in chunks for p in range(chunk.start, chunk.end)])
         sequences = torch.tensor([i for i, c in enumerate(chunks) for _ in range(c.num_tokens)], dtype=torch.int32)
         width = max(len(chunk.sequence.blocks) for chunk in chunks)
         padded = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
         tables = torch.tensor(padded, dtype=torch.int32)
-        out = torch.empty(ids.shape[0], self._hidden_size, dtype=torch.bfloat16)
         batch = _CBatch(
             cache.address,
             cache.scales_address,
@@ -147,10 +164,10 @@ class NativeStep:
             sequences.data_ptr(),
             ids.shape[0],
             width,
-            out.data_ptr(),
+            None if hidden is None else hidden.data_ptr(),
+            None if out is None else out.data_ptr(),
         )
         self._call(ctypes.byref(self._model), ctypes.byref(batch), torch.get_num_threads())
-        return out
 
     def _layer(self, source: DecoderLayer, layer: PreparedLayer) -> _CLayer:
         attention = source.self_attn

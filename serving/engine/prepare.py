@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -32,7 +32,7 @@ from quant.int4_linear import (
 from quant.matrix import concat_rows, have_equal_groups
 from quant.native.large_pages import LargePages
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
-from serving.engine.native_step import NativeStep, build_native_step
+from serving.engine.native_step import NativeStep, build_native_step, why_no_native_step
 from serving.engine.norms import PreparedNorm, prepare_norm
 from serving.model.attention import ROTARY_FORMS, RotaryForm, alibi_slopes, rotary_frequencies, rotary_tables
 from serving.model.spec import DecoderSpec, Positions
@@ -136,7 +136,10 @@ def _prepare(
             head_weight = _plain_weight(decoder.lm_head, dtype).to(dtype, copy=copies)
         embedding_norm = decoder.model.embed_norm
         memory = LargePages()
-        layers = [_prepare_layer(decoder, index, kernel_name, dtype, memory) for index in range(spec.num_layers)]
+        layers = [
+            _prepare_layer(spec, index, layer, kernel_name, dtype, memory)
+            for index, layer in enumerate(decoder.iterate_layers())
+        ]
         return PreparedModel(
             spec=spec,
             layers=layers,
@@ -155,11 +158,25 @@ def _prepare(
         )
 
 
+def prepare_one_layer(ends: PreparedModel, decoder: Decoder, index: int) -> PreparedModel:
+    """`ends` with one layer in memory: its twin is what `prepare` makes of the whole decoder.
+
+    ends:    what `prepare` made of this decoder while it had no layers
+    decoder: now with the layer `index` of its model, and no other
+    Its native step is None where `ends` has none, or where this layer has no native form.
+    """
+    (layer,) = decoder.iterate_layers()
+    with torch.inference_mode():
+        prepared = [_prepare_layer(ends.spec, index, layer, ends.kernel_name, ends.dtype, LargePages())]
+        is_native = ends.native is not None and why_no_native_step(ends.spec, prepared) is None
+        native = NativeStep(decoder, prepared, ends.embedding) if is_native else None
+    return replace(ends, layers=prepared, native=native)
+
+
 def _prepare_layer(
-    decoder: Decoder, index: int, kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
+    spec: DecoderSpec, index: int, layer: DecoderLayer, kernel_name: KernelName, dtype: torch.dtype, memory: LargePages
 ) -> PreparedLayer:
-    layer = cast("DecoderLayer", decoder.layers[index])
-    attention, mlp, spec = layer.self_attn, layer.mlp, decoder.spec
+    attention, mlp = layer.self_attn, layer.mlp
     after_attention = layer.post_attention_layernorm
 
     def fuse(block: str, *names: str) -> FusedLinear:

@@ -47,17 +47,45 @@ def _by_chunk(chunks: Sequence[Chunk], hidden: Tensor) -> dict[int, Tensor]:
     return {chunk.sequence.arrival: part for chunk, part in zip(chunks, rows, strict=True)}
 
 
+def carry_chunks(model: PreparedModel, cache: KVCache, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+    """The part of `run_chunks` between embeddings and final norm, in place. Chunks have no adapters.
+
+    hidden: (rows, hidden) float32, rows in the order of the chunks
+    """
+    if model.native is not None:
+        model.native.carry(cache, chunks, hidden)
+    else:
+        hidden.copy_(_run_layers(model, cache, build_batch(chunks), hidden))
+
+
+def finish_chunks(model: PreparedModel, cache: KVCache, chunks: Sequence[Chunk], hidden: Tensor) -> Tensor:
+    """The last part of `run_chunks`, of a model without layers. hidden: as above, used up."""
+    assert not model.layers
+    if model.native is not None:
+        return model.native.finish(cache, chunks, hidden)
+    return model.final_norm(hidden, model.dtype)
+
+
 def run_step(model: PreparedModel, cache: KVCache, batch: StepBatch) -> Tensor:
     """Hidden states after the final norm, (rows, hidden) in the model's dtype. Writes every row's key and value."""
-    hidden = functional.embedding(batch.ids, model.embedding).to(torch.float32)  # the residual stream stays float32
-    if model.embedding_norm is not None:
-        hidden = model.embedding_norm(hidden, torch.float32)
+    hidden = _run_layers(model, cache, batch, embed_rows(model, batch.ids))
+    return model.final_norm(hidden, model.dtype)
+
+
+def embed_rows(model: PreparedModel, ids: Tensor) -> Tensor:
+    """ids (rows,) -> (rows, hidden) float32: the residual stream stays in that."""
+    hidden = functional.embedding(ids, model.embedding).to(torch.float32)
+    return hidden if model.embedding_norm is None else model.embedding_norm(hidden, torch.float32)
+
+
+def _run_layers(model: PreparedModel, cache: KVCache, batch: StepBatch, hidden: Tensor) -> Tensor:
+    """hidden: (rows, hidden) float32, used up; returns the same after the last layer."""
     rotary = _rotary_tables(model, batch.positions)
     if model.alibi_slopes is not None:
         batch = with_alibi(batch, model.alibi_slopes, model.dtype)
     for index, layer in enumerate(model.layers):
         hidden = _run_layer(model, layer, index, cache, batch, hidden, rotary)
-    return model.final_norm(hidden, model.dtype)
+    return hidden
 
 
 def _rotary_tables(model: PreparedModel, positions: Tensor) -> tuple[Tensor, Tensor]:

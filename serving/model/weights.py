@@ -36,6 +36,7 @@ from serving.model.transformer import Decoder
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+LAYER_PREFIX = "model.layers."
 _NAMES_SHOWN = 8
 _TABLE_RUN_ROWS = 8192
 
@@ -58,17 +59,21 @@ def load_spec(directory: Path) -> DecoderSpec:
     return spec_from_config(read_config(directory))
 
 
-def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32, with_layers: bool = True) -> Decoder:
     """Build the decoder of a model directory on the CPU, plain parameters in `dtype`.
 
     Tensors already stored in `dtype` stay memory-mapped (private: writing to them does not change the file).
+    with_layers: False leaves `decoder.layers` empty; its spec still counts them
     """
     decoder = Decoder(load_spec(directory), dtype=dtype, device="meta")
     file_of_tensor = locate_tensors(directory)
+    if not with_layers:
+        decoder.model.layers = nn.ModuleList()
+        file_of_tensor = _without_layers(file_of_tensor, checkpoint_names(read_config(directory)))
     # Without GPTQ settings nothing is packed, and tensors of such names are unexpected ones.
     is_quantized = gptq_settings(directory) is not None
     if is_quantized:
-        _insert_quantized(decoder, directory)
+        _insert_quantized(decoder, directory, with_layers=with_layers)
         file_of_tensor = {name: file for name, file in file_of_tensor.items() if not is_packed_tensor(name)}
     names = checkpoint_names(read_config(directory))
     places = _places(file_of_tensor, names)
@@ -84,6 +89,14 @@ def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32) -> Deco
         wanted = {name: places[name] for name in expected if places[name].file == file}
         decoder.load_state_dict(_read_tensors(file, wanted, names, expected, dtype), strict=False, assign=True)
     return decoder.eval()
+
+
+def _without_layers(file_of_tensor: Mapping[str, Path], names: CheckpointNames) -> dict[str, Path]:
+    return {
+        stored: file
+        for stored, file in file_of_tensor.items()
+        if not names.is_derived(stored) and not names.ours(stored)[0].startswith(LAYER_PREFIX)
+    }
 
 
 def decoder_from_tensors(config: Mapping[str, object], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Decoder:
@@ -173,11 +186,16 @@ def _shard_path(directory: Path, name: str) -> Path:
     return path
 
 
-def _insert_quantized(decoder: Decoder, directory: Path) -> None:
+def _insert_quantized(decoder: Decoder, directory: Path, *, with_layers: bool) -> None:
     """Replace each packed linear by its quantised module; a bias is filled in later with the plain tensors. Embeddings
     become plain numbers."""
+    names = checkpoint_names(read_config(directory))
+
+    def wanted(stored: str) -> bool:
+        return with_layers or not names.ours(stored)[0].startswith(LAYER_PREFIX)
+
     modules = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
-    for name, matrix in iterate_quantized_linears(directory):
+    for name, matrix in iterate_quantized_linears(directory, wanted=wanted):
         module = modules.get(name)
         if module is None:
             raise CheckpointError(f"{directory}: {name} is quantised and the model has no linear of that name")

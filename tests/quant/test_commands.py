@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,89 @@ def test_a_plan_is_printed_and_nothing_else_is_done(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quantize([str(source), str(tmp_path / "out"), "--plan", "--max-perplexity-increase", "2%"]) == 0
-    printed = capsys.readouterr().out
-    assert "peak memory about" in printed
-    assert "disk about" in printed
-    assert "the search for one that keeps it" in printed
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[::2]] == ["memory", "disk", "time", "at"]
+    assert "more if the perplexity budget is missed" in printed[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that is printed; neither a plan nor progress stands before it."""
+    assert main(["quantize", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (complaint,) = printed.err.splitlines()
+    return complaint
+
+
+@pytest.mark.parametrize("planned", [(), ("--plan",)], ids=["run", "plan"])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--group-size", "64"], "group size 64 does not divide every layer's inputs"),
+        (["--samples", "100000"], "need at least"),
+        (["--calibration", "absent.jsonl"], "cannot be read"),
+        (["--calibration", "broken.jsonl"], "broken.jsonl, line 2"),
+        (["--calibration", "held_out.jsonl"], "on which the result is measured"),
+        (["--adapter", "source"], "is not a peft adapter"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_plan(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+    planned: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    held_out = resources.files("quant").joinpath("data", "held_out.jsonl").read_bytes()
+    (tmp_path / "held_out.jsonl").write_bytes(held_out)
+    assert complaint in refused([str(source), "out", *FEW, *arguments, *planned], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("planned", [(), ("--plan",)], ids=["run", "plan"])
+def test_a_name_that_is_taken_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], planned: tuple[str, ...]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    complaint = refused([str(tmp_path / "nowhere"), str(tmp_path / "out"), *planned], capsys)
+    assert "exists and is not empty; give the name of a new directory" in complaint
+
+
+@pytest.mark.parametrize("planned", [(), ("--plan",)], ids=["run", "plan"])
+def test_a_quantised_model_is_refused_before_the_plan(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], planned: tuple[str, ...]
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (source / "config.json").write_text(json.dumps(config))
+    assert "is quantised already" in refused([str(source), str(tmp_path / "out"), *planned], capsys)
+
+
+def test_a_plan_that_does_not_fit_is_printed_before_its_refusal(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.machine.free_memory_bytes", lambda: 10**8)
+    assert main(["quantize", str(source), str(tmp_path / "out"), *FEW, "--plan"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("memory ")
+    assert "quantising would take" in printed.err
+
+
+def test_an_adapter_is_planned_without_being_merged(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lora(tmp_path / "lora", {"model.layers.0.self_attn.v_proj": (64, 32)})
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), *FEW, "--plan", "--adapter", str(tmp_path / "lora")]) == 0
+    )
+    assert "merged model" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "source"]
 
 
 def write_lora(directory: Path, shapes: dict[str, tuple[int, int]]) -> None:

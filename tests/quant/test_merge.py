@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -291,4 +293,15 @@ def test_an_interrupted_merge_leaves_nothing(
     monkeypatch.setattr(merge, "write_manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(*pair, tmp_path / "out", SilentProgress())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "my-lora"]
+
+
+def test_a_merged_model_of_a_killed_run_is_removed_by_the_next(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    left = tmp_path / f".out.partial-{finished.pid}-0123"
+    left.mkdir()
+    with merge.merged_for_a_while(*pair, tmp_path / "out", SilentProgress()) as merged:
+        assert merged.directory.name == "base+my-lora"
+        assert not left.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "my-lora"]

@@ -10,7 +10,8 @@ import torch
 
 from quant.calibration import Encoder, Row
 from quant.layer_source import LayerSource
-from quant.measure import WindowLogits
+from quant.measure import RowLogits
+from quant.progress import ProgressSink
 from quant.report import DecodeSpeed
 from serving.model.layer_source import DirectoryLayers
 from serving.model.spec import spec_from_config
@@ -98,11 +99,13 @@ class TinyAccess:
     def chat_format_sha256(self, directory: Path) -> str | None:
         return "f" * 64
 
-    def serving_logits(self, directory: Path) -> WindowLogits | None:
+    def serve_windows(
+        self, directory: Path, windows: torch.Tensor, progress: ProgressSink, stage: str
+    ) -> RowLogits | None:
         if not self._serves:
             return None
         decoder = load_decoder(directory, dtype=torch.bfloat16)
-        return lambda ids: decoder(ids[None])[0]
+        return lambda window, rows: decoder(windows[window][None])[0, rows].to(torch.float32)
 
     def decode_speeds(self, directories: Sequence[Path]) -> list[DecodeSpeed | None]:
         return [

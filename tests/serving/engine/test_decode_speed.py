@@ -81,6 +81,6 @@ def test_a_child_that_fails_costs_the_report_its_speeds_only(
 
 
 def test_weights_that_are_too_large_are_not_loaded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_speed, "MAX_WEIGHT_BYTES", 10)
+    monkeypatch.setattr(decode_speed, "MOST_DECODED_BYTES", 10)
     replace_child(monkeypatch, "raise SystemExit('must not be started')")
     assert measure_in_child([source]) == [None]
