@@ -106,8 +106,8 @@ def _budget_table(report: QuantizationReport) -> list[str]:
     if not report.budget_trials:
         return [f"At most {report.budget_percent:g} % more perplexity was allowed: kept without refining any linear."]
     return [
-        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first. Of each mixture that was "
-        "tried: what all linears weigh, and perplexity on the worse of the texts, with what serving adds:",
+        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first. Of each mixture tried: "
+        "what all linears weigh, and perplexity on the worse of the texts, with what serving adds:",
         "",
         "| linears refined | all linears | perplexity |",
         "| --: | --: | --: |",
