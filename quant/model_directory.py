@@ -184,7 +184,7 @@ def publish_directory(target: Path) -> Generator[Path]:
     Until then `target` is untouched, and after an error nothing is left beside it. A directory already at `target` is
     replaced. Callers that race for one target must hold a lock.
     """
-    target = target.absolute()
+    target = target.resolve()  # a link keeps pointing to where its owner wants the files
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}{_TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()

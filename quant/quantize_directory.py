@@ -22,6 +22,7 @@ from quant.budget_attempts import OverBudgetError, keep_budget
 from quant.budget_search import SearchRun, Walked
 from quant.calibration import Encoder
 from quant.compare_texts import compare_texts
+from quant.ends import EMBEDDINGS, HEAD, choose_ends
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, read_json
 from quant.formats.autogptq_writer import write_checkpoint
@@ -29,7 +30,7 @@ from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
-from quant.layer_walk import quantize_to_disk, settle_group_size
+from quant.layer_walk import quantize_to_disk, refuse_damaged_ends, refuse_unfit_options, settle_group_size
 from quant.measure import WindowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
@@ -81,6 +82,7 @@ class _Run:
     source: Path
     source_sha256: str
     layers: LayerSource
+    ends: Mapping[str, LinearChoice]
     options: QuantizeOptions
     texts: RunTexts
     progress: ProgressSink
@@ -98,7 +100,9 @@ class _Run:
                 "gptq": asdict(options.gptq),
                 "eight_bit": sorted(options.eight_bit),
                 "choices": {name: asdict(choice) for name, choice in options.choices.items()},
+                "ends": {name: asdict(choice) for name, choice in self.ends.items()},
                 "products": str(fast_product_dtype()),
+                "format": options.checkpoint_format,
             }
         )
 
@@ -117,7 +121,10 @@ def quantize_with(
     run = _prepare(access, source, out, options, progress)
     _mention_other_works(out, run.mark)
     names = checkpoint_names(read_json(run.source / "config.json"))
-    with open_work(out, run.mark, names) as work, full_disk_named(out, work, run.layers.num_layers):
+    with (
+        open_work(out, run.mark, names, run.options.checkpoint_format) as work,
+        full_disk_named(out, work, run.layers.num_layers),
+    ):
         remove_leftovers_of(out)
         quantize_started = time.monotonic()
         base = Walked(work, _quantize(run, work))
@@ -141,7 +148,8 @@ def _make_result(
         _write(run, walked.work, directory)
         texts = _measure(run, walked.layers, directory)
         report = _report(run, walked.layers, texts, directory, quantize_seconds)
-        report = replace(report, budget_trials=tuple(trials))
+        ends = tuple(map(walked.work.end_report, run.ends))
+        report = replace(report, ends=ends, budget_trials=tuple(trials))
         _refuse_bad_quality(report)
         report = _with_speeds(run, report, directory)
         write_report(directory, report)
@@ -166,11 +174,15 @@ def _refuse_unusable(source: Path, out: Path) -> None:
 
 def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
     started = time.monotonic()
-    texts = prepare_texts(access.encoder(source), options)
     layers = access.open(source)
+    names = checkpoint_names(read_json(source / "config.json"))
+    refuse_unfit_options(layers, names, options)
+    texts = prepare_texts(access.encoder(source), options)
     plan = require_room(layers, options, out)
+    refuse_damaged_ends(source, names)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
-    return _Run(access, source, hash_directory(source), layers, settled, texts, progress, started)
+    ends = choose_ends(layers, settled)
+    return _Run(access, source, hash_directory(source), layers, ends, settled, texts, progress, started)
 
 
 def _mention_other_works(out: Path, mark: str) -> None:
@@ -183,19 +195,30 @@ def _quantize(run: _Run, work: WorkDirectory) -> list[LayerReport]:
     done = work.num_done(run.layers.num_layers)
     if done:
         logger.info("quantising_goes_on layer=%d of=%d work=%s", done, run.layers.num_layers, work.path)
-    return quantize_to_disk(run.layers, run.texts.calibration, options.gptq, options.choice_of, work, run.progress)
+    calibration = run.texts.calibration
+    return quantize_to_disk(run.layers, calibration, options.gptq, options.choice_of, work, run.progress, ends=run.ends)
 
 
 def _write(run: _Run, work: WorkDirectory, directory: Path) -> None:
-    """The result's files, from those of the layers; read back against them."""
+    """The result's files, from those of layers and ends; read back against them."""
     stage = "Writing"
     run.progress.update(stage, 0, 1)
     indices = range(run.layers.num_layers)
     choices: dict[str, LinearChoice] = {}
     for index in indices:
         choices.update(work.choices(index))
-    files = [work.file(index) for index in indices]
-    write_checkpoint(run.source, directory, files, choices, run.options.gptq)
+    choices.update(work.end_choices(run.ends))
+    files = [*(work.file(index) for index in indices), *map(work.end_file, run.ends)]
+    write_checkpoint(
+        run.source,
+        directory,
+        files,
+        choices,
+        run.options.gptq,
+        checkpoint_format=run.options.checkpoint_format,
+        # Some files hold a tied head too, which nobody reads.
+        left_out=(HEAD,) if run.layers.is_tied and run.ends else (),
+    )
     require_same_tensors(directory, files)
     run.progress.update(stage, 1, 1)
 
@@ -221,6 +244,7 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     choices = {
         linear.name: LinearChoice(linear.bits, linear.group_size) for layer in layers for linear in layer.linears
     }
+    choices.update(run.ends)
     windows = torch.cat([text.windows for text in run.texts.held_out])
     stage = "Measuring source and result"
     result = run.access.open(directory)
@@ -259,7 +283,14 @@ def _report(
         seed=options.seed,
         adapter=options.merged_from[1].name if options.merged_from else None,
         budget_percent=options.max_perplexity_increase,
+        head_bits=_bits_of(run, EMBEDDINGS if run.layers.is_tied else HEAD),
+        embedding_bits=_bits_of(run, EMBEDDINGS),
+        checkpoint_format=options.checkpoint_format,
     )
+
+
+def _bits_of(run: _Run, end: str) -> int | None:
+    return run.ends[end].bits if end in run.ends else None
 
 
 def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> QuantizationReport:
@@ -286,9 +317,12 @@ def _manifest(run: _Run, report: QuantizationReport) -> Manifest:
         "method": "gptq",
         "bits": gptq.bits,
         "eight_bit": list(options.eight_bit),
+        "head_bits": report.head_bits,
+        "embedding_bits": report.embedding_bits,
         "group_size": report.group_size,
         "symmetric": gptq.symmetric,
         "act_order": gptq.act_order,
+        "format": options.checkpoint_format,
         "damp": gptq.damp,
         "samples": options.samples,
         "seq_len": options.seq_len,

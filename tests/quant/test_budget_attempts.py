@@ -16,6 +16,7 @@ from quant.budget import BudgetUnreachableError, Refinement, SearchResult
 from quant.budget_attempts import OverBudgetError, keep_budget
 from quant.budget_search import KnownLosses, SearchRun, Walked
 from quant.errors import QuantizationError
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
@@ -78,7 +79,7 @@ class MadeUpResults:
 
 @pytest.fixture
 def run(tmp_path: Path) -> SearchRun:
-    work = WorkDirectory(tmp_path, checkpoint_names(CONFIG))
+    work = WorkDirectory(tmp_path, checkpoint_names(CONFIG), CheckpointFormat.V1)
     texts = [torch.zeros((1, 8), dtype=torch.int64)]
     source = cast("LayerSource", None)  # only the search would read it
     return SearchRun(source, Walked(work, ()), texts[0], texts, QuantizeOptions(), SilentProgress())

@@ -12,6 +12,7 @@ from quant import budget_harm
 from quant.budget import Unit
 from quant.budget_harm import HARM_TOKENS, HARM_WINDOWS, measure_harm
 from quant.budget_search import units_of
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions
 from quant.layer_files import WorkDirectory
@@ -30,7 +31,7 @@ def walk(folder: Path, **changes: object) -> tuple[DirectoryLayers, WorkDirector
     layers = DirectoryLayers(write_source(folder / "source", torch.float32, **changes))
     options = settle_group_size(layers, GptqOptions())
     (folder / "work").mkdir()
-    work = WorkDirectory(folder / "work", checkpoint_names({**CONFIG, **changes}))
+    work = WorkDirectory(folder / "work", checkpoint_names({**CONFIG, **changes}), CheckpointFormat.V1)
     choice = LinearChoice(4, options.group_size)
     reports = quantize_to_disk(layers, tiny_ids(8, 64), options, lambda _: choice, work, SilentProgress())
     finer = [

@@ -14,6 +14,7 @@ from quant.budget import Refinement, Rung, Unit
 from quant.budget_attempts import OverBudgetError
 from quant.budget_search import BudgetSearch, SearchRun, Walked, describe, rung_options, search_cost
 from quant.errors import QuantizationError
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions
 from quant.layer_files import WorkDirectory
@@ -117,7 +118,7 @@ def search(tmp_path: Path) -> BudgetSearch:
     """Over a tiny model's walks in 4 and in 8 bits."""
     layers = DirectoryLayers(write_source(tmp_path / "source", torch.float32))
     (tmp_path / "work").mkdir()
-    work = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG))
+    work = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG), CheckpointFormat.V1)
     options = replace(OPTIONS, gptq=GptqOptions(group_size=32))
     calibration, silent = tiny_ids(4, 32), SilentProgress()
     reports = quantize_to_disk(layers, calibration, options.gptq, options.choice_of, work, silent)
@@ -162,7 +163,7 @@ def test_a_trial_is_the_loss_of_a_whole_model_with_those_linears(search: BudgetS
 
 def test_a_mixture_has_what_belongs_to_no_layer_from_the_first_walk(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    base = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG))
+    base = WorkDirectory(tmp_path / "work", checkpoint_names(CONFIG), CheckpointFormat.V1)
     mixture = base.within("mixture")
     base.file(0).write_bytes(b"base")
     mixture.file(0).write_bytes(b"mixture")

@@ -80,6 +80,16 @@ def test_published_directory_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+def test_publication_through_a_link_fills_the_directory_that_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    with publish_directory(tmp_path / "link") as directory:
+        (directory / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+    assert (tmp_path / "disk" / "model" / "config.json").is_file()
+
+
 def test_failed_publication_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
