@@ -79,6 +79,17 @@ def test_a_trial_measures_exactly_what_is_written(tmp_path: Path) -> None:
     assert report.perplexity_increase_percent == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_budget_counts_what_embeddings_of_their_own_cost(tmp_path: Path) -> None:
+    source, options = write_source(tmp_path / "source"), replace(OPTIONS, head_bits=8, embedding_bits=8)
+    four = quantize(source, tmp_path / "four", options=options)
+    limit = four.perplexity_increase_percent / 2
+    report = quantize(source, tmp_path / "out", limit, options)
+    assert report.embedding_bits == 8
+    assert report.perplexity_increase_percent <= limit
+    assert report.budget_trials[0].increase_percent == pytest.approx(four.perplexity_increase_percent, abs=1e-3)
+    assert names_in(tmp_path) == ["four", "out", "source"]
+
+
 def test_a_budget_that_holds_already_changes_nothing(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     without, within = quantize(source, tmp_path / "without"), quantize(source, tmp_path / "within", 50.0)
