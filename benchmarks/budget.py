@@ -88,7 +88,7 @@ class Bench:
         options = replace(options, gptq=settle_group_size(layers, options.gptq))
         texts = prepare_texts(access.encoder(source), options)
         names = checkpoint_names(read_json(source / "config.json"))
-        directory = WorkDirectory(work, names)
+        directory = WorkDirectory(work, names, options.checkpoint_format)
         reports = quantize_to_disk(layers, texts.calibration, options.gptq, options.choice_of, directory, progress)
         held_out = [text.windows[:windows] for text in texts.held_out]
         base = Walked(directory, reports)

@@ -18,7 +18,7 @@ from quant.report import BudgetTrial
 SCALE_BYTES = 2
 INPUT_INDEX_BYTES = 4
 # Trials along the order, and those of giving one refinement back. Each carries the held-out texts through the model.
-MAX_TRIALS = 8
+MAX_TRIALS = 6
 MAX_GIVEN_BACK = 2
 # A mixture so near below the limit is good enough: a share of the limit, worth some thousandths of the file.
 NEAR_SHARE = 0.01

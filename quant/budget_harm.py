@@ -21,8 +21,8 @@ from quant.measure import log_softmax_in_place
 from quant.progress import ProgressSink
 
 # Copies of the hidden states at a time. With HARM_TOKENS each they take as much as measuring the result does.
-UNITS_OF_A_PASS = 128
-HARM_WINDOWS = 3
+UNITS_OF_A_PASS = 192
+HARM_WINDOWS = 2
 HARM_TOKENS = 128
 _STAGE = "Measuring what each linear contributes"
 
@@ -88,15 +88,18 @@ class _ForkedWalk:
 
     def divergences(self) -> Generator[tuple[int, float]]:
         """After the last layer: each chosen unit and its mean KL from the source."""
-        normed = self._source.final_norm(self._plain).flatten(0, 1)  # (windows * tokens, hidden)
-        expected = [log_softmax_in_place(self._source.logits(rows)) for rows in normed.split(HARM_TOKENS)]
+        expected = [log_softmax_in_place(logits) for logits in self._logits(self._plain)]
+        chances = [log_probs.exp() for log_probs in expected]
         for fork in self._forks:
-            normed = self._source.final_norm(fork.states).flatten(0, 1)
             total = 0.0
-            for log_probs, rows in zip(expected, normed.split(HARM_TOKENS), strict=True):
-                found = log_softmax_in_place(self._source.logits(rows))
-                total += float(torch.sub(log_probs, found, out=found).mul_(log_probs.exp()).sum())
-            yield fork.unit, max(total / normed.shape[0], 0.0)
+            for log_probs, chance, logits in zip(expected, chances, self._logits(fork.states), strict=True):
+                difference = torch.sub(log_probs, log_softmax_in_place(logits), out=logits)
+                total += float(difference.mul_(chance).sum())
+            yield fork.unit, max(total / fork.states[..., 0].numel(), 0.0)
+
+    def _logits(self, states: Tensor) -> Generator[Tensor]:
+        """Of each window: (tokens, vocabulary) float32."""
+        return (self._source.logits(rows) for rows in self._source.final_norm(states))
 
 
 @contextlib.contextmanager

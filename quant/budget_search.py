@@ -23,7 +23,6 @@ from quant.budget import (
     Rung,
     SearchResult,
     Unit,
-    num_refined,
     order_refinements,
     packed_bytes,
     rungs_of,
@@ -131,11 +130,8 @@ class BudgetSearch:
     def _try(self, refinements: Sequence[Refinement], known: KnownLosses) -> float:
         """In percent over the source, with what the path that serves adds; says on `progress` what it tries."""
         self._num_trials += 1
-        linears = sum(len(unit.names) for unit in self.units)
-        stage = (
-            f"trial {self._num_trials}: {num_refined(self.units, refinements)} of {linears} linears refined, "
-            f"{weight_bytes(self.units, refinements) / 1e6:,.1f} MB"
-        )
+        size = weight_bytes(self.units, refinements) / 1e6
+        stage = f"trial {self._num_trials}: {describe(self.units, refinements)}, {size:,.1f} MB"
         increase = known.percent(self.losses(refinements, stage))
         self._run.progress.update(f"{stage}: {increase:+.2f} %", 1, 1)
         return increase
@@ -292,6 +288,18 @@ def _rungs(
             num_bytes = sum(packed_bytes(*shapes[name], linears[name].bits, linears[name].group_size) for name in names)
             rungs.append(Rung(choice, place, num_bytes, sum(linears[name].error for name in names)))
     return tuple(rungs)
+
+
+def describe(units: Sequence[Unit], refinements: Sequence[Refinement]) -> str:
+    """In words for the user: how many linears are stored how."""
+    count_of_way: dict[str, int] = {}
+    for unit, rung in zip(units, rungs_of(units, refinements), strict=True):
+        if rung > 0:
+            choice, plain = unit.rungs[rung].choice, unit.rungs[0].choice
+            way = f"at {choice.bits} bits" if choice.bits != plain.bits else f"in groups of {choice.group_size}"
+            count_of_way[way] = count_of_way.get(way, 0) + len(unit.names)
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(count_of_way.items())) or "none refined"
+    return f"of {sum(len(unit.names) for unit in units)} linears {ways}"
 
 
 def _mean_loss(path: PlainPath, windows: Tensor) -> float:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quant import budget_search, quantize_directory, texts
+from quant.budget import Refinement, Rung, Unit
 from quant.budget_attempts import OverBudgetError
-from quant.budget_search import BudgetSearch, SearchRun, Walked, rung_options, search_cost
+from quant.budget_search import BudgetSearch, SearchRun, Walked, describe, rung_options, search_cost
 from quant.errors import QuantizationError
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
@@ -30,6 +31,7 @@ from tests.quant.tiny_models import CONFIG, TinyAccess, tiny_decoder, tiny_ids, 
 pytestmark = pytest.mark.unit
 
 OPTIONS = QuantizeOptions(samples=8, seq_len=64)
+CHOICES = ((4, 64), (4, 32), (8, 64))
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,17 @@ def test_a_trial_measures_exactly_what_is_written(tmp_path: Path) -> None:
     assert report.perplexity_increase_percent == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_budget_counts_what_embeddings_of_their_own_cost(tmp_path: Path) -> None:
+    source, options = write_source(tmp_path / "source"), replace(OPTIONS, head_bits=8, embedding_bits=8)
+    four = quantize(source, tmp_path / "four", options=options)
+    limit = four.perplexity_increase_percent / 2
+    report = quantize(source, tmp_path / "out", limit, options)
+    assert report.embedding_bits == 8
+    assert report.perplexity_increase_percent <= limit
+    assert report.budget_trials[0].increase_percent == pytest.approx(four.perplexity_increase_percent, abs=1e-3)
+    assert names_in(tmp_path) == ["four", "out", "source"]
+
+
 def test_a_budget_that_holds_already_changes_nothing(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     without, within = quantize(source, tmp_path / "without"), quantize(source, tmp_path / "within", 50.0)
@@ -122,6 +135,14 @@ def search(tmp_path: Path) -> BudgetSearch:
     reports = quantize_to_disk(layers, calibration, options.gptq, options.choice_of, work, silent)
     held_out = [tiny_ids(3, 48, seed=1), tiny_ids(2, 48, seed=2)]
     return BudgetSearch(SearchRun(layers, Walked(work, reports), calibration, held_out, options, silent))
+
+
+def test_a_trial_is_described_by_how_many_linears_are_stored_how() -> None:
+    rungs = tuple(Rung(LinearChoice(*choice), walk, 1_000_000, 3.0 - walk) for walk, choice in enumerate(CHOICES))
+    units = [Unit((f"{name}.q", f"{name}.k"), rungs) for name in "abc"]
+    assert describe(units, ()) == "of 6 linears none refined"
+    taken = [Refinement(0, 1, 1.0), Refinement(1, 1, 1.0), Refinement(1, 2, 1.0)]
+    assert describe(units, taken) == "of 6 linears 2 at 8 bits, 2 in groups of 32"
 
 
 def test_a_mixture_takes_each_linear_from_the_walk_of_its_rung(search: BudgetSearch) -> None:
@@ -245,7 +266,7 @@ def test_progress_says_what_is_tried_and_what_it_gave(tmp_path: Path) -> None:
     options = replace(OPTIONS, max_perplexity_increase=limit)
     report = quantize_with(TinyAccess(serves=False), source, tmp_path / "out", options, Stages())
     first = report.budget_trials[1]
-    announced = f"trial 1: {first.refined} of 14 linears refined, {first.weight_bytes / 1e6:,.1f} MB"
+    announced = f"trial 1: of 14 linears {first.refined} at 8 bits, {first.weight_bytes / 1e6:,.1f} MB"
     place = stages.index(announced)
     assert stages[place + 1] == f"{announced}: {first.increase_percent:+.2f} %"
 
