@@ -98,6 +98,8 @@ def _options(arguments: argparse.Namespace) -> QuantizeOptions:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         max_perplexity_increase=arguments.max_perplexity_increase,
+        head_bits=arguments.head_bits,
+        embedding_bits=arguments.embedding_bits,
         checkpoint_format=arguments.format,
     )
 

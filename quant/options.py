@@ -25,6 +25,8 @@ class QuantizeOptions:
 
     eight_bit:     linears that get 8 bits in every layer, such as `down_proj`, whatever the others get
     choices:       bits and group size of single linears by their full names; they come before everything else
+    head_bits, embedding_bits: of the tables of the vocabulary; None leaves them plain. Where the two are one table,
+                   either means both
     measures_prose: whether the second held-out text is measured too, and not only the conversations
     measures_speed: whether the engine decodes for a few seconds on source and result
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
@@ -45,6 +47,8 @@ class QuantizeOptions:
     measures_speed: bool = True
     merged_from: tuple[Parent, ...] = ()
     measures_serving: bool | None = None
+    head_bits: int | None = None
+    embedding_bits: int | None = None
     checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     def bits_of(self, linear: str) -> int:

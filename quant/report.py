@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quant.ends import EMBEDDINGS
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
-from quant.quantize_model import LayerReport
+from quant.quantize_model import LayerReport, LinearReport
 from quant.report_summary import REPORT_JSON, summary_of
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class QuantizationReport:
     calibration:     the file that the calibration text came from
     texts:           the held-out texts, at least one
     layers:          bits, group size and error of every linear
+    ends:            likewise of the tables of the vocabulary that are quantised; a tied one is the embeddings
+    head_bits, embedding_bits: None where they are plain
     source_bytes, quantized_bytes: of the weight files
     source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
     budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
@@ -115,6 +118,7 @@ class QuantizationReport:
     range_search: bool = True
     head_bits: int | None = None
     embedding_bits: int | None = None
+    ends: tuple[LinearReport, ...] = ()
     adapter: str | None = None
     seed: int = 0
     source_speed: DecodeSpeed | None = None
@@ -137,6 +141,11 @@ class QuantizationReport:
     def mean_kl(self) -> float:
         """The worst of all texts and of both paths, nats per token."""
         return max(path.mean_kl for text in self.texts for path in text.result_paths)
+
+    @property
+    def has_tied_table(self) -> bool:
+        """Whether head and embeddings are one quantised table."""
+        return self.head_bits is not None and [end.name for end in self.ends] == [EMBEDDINGS]
 
     @property
     def written_format(self) -> WrittenFormat:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from quant.command_line import act_order_warning, format_warning, parse_merge, parse_quantize
+from quant.commands_export import export
 from quant.formats.checkpoint_format import CheckpointFormat
 
 pytestmark = pytest.mark.unit
 
 FLAGS = (
     *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym", "--format"),
+    *("--head-bits", "--embedding-bits"),
     *("--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
     *("--seed", "--max-perplexity-increase"),
 )
@@ -49,6 +51,7 @@ def test_the_defaults_are_the_format_that_any_engine_loads() -> None:
     found = parse_quantize(["model", "out"])
     assert (found.bits, found.group_size, found.sym, found.act_order, found.mse_search) == (4, None, True, "none", "on")
     assert (found.adapter, found.plan, found.format) == (None, False, CheckpointFormat.V1)
+    assert (found.head_bits, found.embedding_bits) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,19 @@ def test_merge_takes_base_adapter_and_out(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse_merge(["base", "lora"])
     assert "required: OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5"])
+def test_a_seed_that_no_generator_takes_is_misuse(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_quantize(["model", "out", "--seed", seed])
+    assert "argument --seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"), [("--embedings", "did you mean --embeddings?"), ("--emb", "unknown argument")]
+)
+def test_export_takes_whole_flag_names_only(flag: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export(["model", "out.gguf", flag, "q8_0"])
+    assert answer in capsys.readouterr().err

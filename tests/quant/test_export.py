@@ -245,6 +245,32 @@ def test_model_exported_and_converted_back_gives_the_same_logits(tmp_path: Path,
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_quantised_head_and_embeddings_are_moved_bit_for_bit(
+    tmp_path: Path, is_tied: bool, bits: int, kind: str
+) -> None:
+    changes: dict[str, object] = {"tie_word_embeddings": is_tied, "num_hidden_layers": 1}
+    directory = write_plain(tmp_path / "gptq", changes)
+    tensors = load_file(directory / "model.safetensors")
+    ends = {"model.embed_tokens": "token_embd.weight"} | ({} if is_tied else {"lm_head": "output.weight"})
+    matrices = {name: random_matrix(bits, 32, symmetric=True, rows=128, columns=64) for name in ends}
+    for name, matrix in matrices.items():
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()}
+    save_file(tensors, directory / "model.safetensors")
+    section = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True, "lm_head": not is_tied}
+    write_json(directory / "config.json", {**CONFIG, **changes, "quantization_config": section})
+
+    report = export_gguf(directory, tmp_path / "out.gguf", SilentProgress())
+
+    assert report.num_of_type[kind] == len(ends)
+    written = read_back(tmp_path / "out.gguf")
+    assert ("output.weight" in written) == (not is_tied)
+    for name, theirs in ends.items():
+        assert np.array_equal(written[theirs], matrices[name].dequantize().numpy())
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_that_were_exported_come_back_bit_for_bit(tmp_path: Path, symmetric: bool) -> None:
     directory = write_gptq(tmp_path, symmetric=symmetric)

@@ -34,7 +34,8 @@ def test_the_common_format_is_loaded_by_every_tool() -> None:
         ({"group_sizes": frozenset({-1})}, set()),
         ({"bits": frozenset({8})}, {"vLLM (CPU build)"}),
         ({"group_sizes": frozenset({48})}, {"llama.cpp, Ollama"}),
-        ({"head_bits": 8}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
+        ({"head_bits": 4}, {"AutoGPTQ 0.7"}),
+        ({"head_bits": 8}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
         ({"embedding_bits": 4}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
     ],
 )
