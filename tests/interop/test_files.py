@@ -100,11 +100,17 @@ GPTQMODEL_CASES: Mapping[str, Mapping[str, object]] = {
     "mixed-groups": {**PLAINEST, "dynamic": {r"+:.*\.down_proj.*": {"group_size": 64}}},
     "some-left-plain": {**PLAINEST, "dynamic": {r"-:.*\.o_proj.*": {}}},
 }
+# GPTQModel gives such a head 8 bits, and takes none that is tied to the embeddings.
+GPTQMODEL_HEAD_CASES: Mapping[str, Mapping[str, object]] = {"quantised-head": {**PLAINEST, "lm_head": True}}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_source(tmp_path_factory.mktemp("source") / "plain", torch.float16, **MODEL)
+    return _write_source(tmp_path_factory.mktemp("source") / "plain")
+
+
+def _write_source(directory: Path, **changes: object) -> Path:
+    write_source(directory, torch.float16, **MODEL, **changes)
     # GPTQModel loads no model without a tokenizer.
     words = {str(token): token for token in range(128)}
     Tokenizer(WordLevel(words, unk_token="0")).save(str(directory / "tokenizer.json"))
@@ -228,16 +234,14 @@ def test_another_models_logits_are_outside_the_tolerances(written: Path) -> None
 def from_gptqmodel(gptqmodel: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("from-gptqmodel")
     calibration = tiny_ids(32, 64, seed=1).tolist()
-    ask(
-        gptqmodel,
-        "quantize-gptqmodel",
-        folder,
-        {"source": str(source), "calibration": calibration, "cases": GPTQMODEL_CASES},
-    )
+    untied = _write_source(folder / "untied", tie_word_embeddings=False)
+    for model, cases in ((source, GPTQMODEL_CASES), (untied, GPTQMODEL_HEAD_CASES)):
+        task = {"source": str(model), "calibration": calibration, "cases": cases}
+        ask(gptqmodel, "quantize-gptqmodel", folder, task)
     return folder
 
 
-@pytest.mark.parametrize("name", GPTQMODEL_CASES)
+@pytest.mark.parametrize("name", [*GPTQMODEL_CASES, *GPTQMODEL_HEAD_CASES])
 def test_files_of_gptqmodel_compute_the_same_here(name: str, from_gptqmodel: Path) -> None:
     expected = answer(from_gptqmodel, name)
     assert float((our_logprobs(from_gptqmodel / name) - expected).abs().max()) < GPTQMODEL_TOLERANCE
