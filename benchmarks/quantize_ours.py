@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
     from quant.commands import ServingAccess
     from quant.formats.autogptq import read_json
     from quant.formats.autogptq_writer import write_checkpoint
+    from quant.formats.checkpoint_format import CheckpointFormat
     from quant.formats.checkpoint_names import checkpoint_names
     from quant.gptq import ActOrder, GptqOptions
     from quant.layer_files import WorkDirectory
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     marks.append(time.monotonic())
     choice = LinearChoice(options.bits, options.group_size)
     (out / "work").mkdir(parents=True)
-    work = WorkDirectory(out / "work", checkpoint_names(read_json(source / "config.json")))
+    work = WorkDirectory(out / "work", checkpoint_names(read_json(source / "config.json")), CheckpointFormat.V1)
     quantize_to_disk(layers, calibration, options, lambda _: choice, work, LineProgress(sys.stderr))
     marks.append(time.monotonic())
     files = [work.file(index) for index in range(layers.num_layers)]

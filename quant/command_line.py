@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import WrittenFormat, refusing_tools
 
 DESCRIPTION = """\
@@ -19,10 +20,11 @@ EXAMPLES = """\
 examples:
   causerie quantize smollm2-135m-instruct ./my-model         a named model, calibrated on the bundled text
   causerie quantize ./checkpoint ./my-model --plan           only say what it would need
+  causerie quantize ./checkpoint ./my-model --head-bits 8    half of what is left of a small model's file is its head
   causerie quantize ./checkpoint ./my-model --act-order      usually a little better; takes the same time
   causerie quantize ./checkpoint ./my-model --calibration chats.jsonl --max-perplexity-increase 2%
   causerie quantize ./checkpoint ./my-model --adapter ./lora the base with an adapter merged into it first
-  causerie quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen --asym --group-size 32
+  causerie quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen --asym --format v2
 
 Calibration text should look like what the model will see: one JSON object a line, {"messages": [{"role", "content"},
 ...]} or {"text": "..."}, or a plain .txt file. OUT/quantization_report.md says how the result compares with the source
@@ -40,6 +42,7 @@ examples:
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACT_ORDERS = ("static", "shuffled")
 LARGEST_SEED = 2**63 - 1
+FORMATS = {"v1": CheckpointFormat.V1, "v2": CheckpointFormat.V2}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,8 +74,8 @@ def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
         type=_percent,
         metavar="PCT",
         help="budget, as in 2%% (or 2): linears that need it get a smaller group or 8 bits until the result keeps it "
-        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes several "
-        "times as long; the result has mixed widths, which fewer engines load",
+        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes two to "
+        "three times as long; the result has mixed widths, which fewer engines load",
     )
     return parser.parse_args(_with_act_order_kind(argv))
 
@@ -98,6 +101,19 @@ def act_order_warning(act_order: str, *, symmetric: bool) -> str | None:
         f"--act-order=shuffled: {tools} will not load the result, and our own engine runs it on its slow path; "
         "--act-order=static is loaded by all of them, and as good or nearly"
     )
+
+
+def format_warning(*, symmetric: bool, checkpoint_format: CheckpointFormat) -> str | None:
+    """Who will not load a result of this symmetry and version though they load others; None where that is nobody."""
+    version_1, version_2 = (
+        ", ".join(refusing_tools(WrittenFormat(frozenset({4}), frozenset({32}), symmetric, checkpoint_format=version)))
+        for version in CheckpointFormat
+    )
+    if checkpoint_format is CheckpointFormat.V2:
+        return f"--format v2: {version_2} will not load the result" if version_2 else None
+    if symmetric:
+        return None
+    return f"--asym: {version_1} will not load the result; with --format v2, {version_2} will not"
 
 
 def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -129,12 +145,33 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         help="inputs that share a scale: 128, 64, 32, or -1 for all inputs of a row; smaller is better and larger in "
         "bytes (default: the largest of 128, 64, 32 that divides every layer's inputs)",
     )
+    for end, hint in (
+        ("head", "the table that makes logits, calibrated as the other linears are"),
+        ("embedding", "rows looked up by token, each rounded as near as its grid allows"),
+    ):
+        group.add_argument(
+            f"--{end}-bits",
+            type=int,
+            choices=(4, 8),
+            metavar="{4,8}",
+            help=f"{hint} (default: left plain); where the model has one table for both, either flag means both",
+        )
     symmetry = group.add_mutually_exclusive_group()
     symmetry.add_argument(
         "--sym", action="store_true", default=True, help="zero in the middle of the grid (default; any engine loads it)"
     )
     symmetry.add_argument(
-        "--asym", dest="sym", action="store_false", help="a zero point for each group; a little better, fewer engines"
+        "--asym",
+        dest="sym",
+        action="store_false",
+        help="a zero point for each group; a little better, fewer engines load it: GPTQModel only with --format v2",
+    )
+    group.add_argument(
+        "--format",
+        type=_checkpoint_format,
+        default="v1",
+        metavar="v1|v2",
+        help="version of AutoGPTQ's layout; any engine reads v1 (default), v2 is for asymmetric groups in GPTQModel",
     )
 
 
@@ -188,6 +225,12 @@ def _with_act_order_kind(argv: Sequence[str]) -> list[str]:
         if word == "--act-order" and words[place + 1 : place + 2] not in [[kind] for kind in ACT_ORDERS]:
             words[place] = "--act-order=static"
     return words
+
+
+def _checkpoint_format(text: str) -> CheckpointFormat:
+    if text not in FORMATS:
+        _refuse(f"{text!r} is no version of the layout; give {' or '.join(FORMATS)}")
+    return FORMATS[text]
 
 
 def _linear_names(text: str) -> tuple[str, ...]:

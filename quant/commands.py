@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.command_line import act_order_warning, parse_merge, parse_quantize
+from quant.command_line import act_order_warning, format_warning, parse_merge, parse_quantize
 
 if TYPE_CHECKING:
     import argparse
@@ -35,9 +35,12 @@ SEARCH_COST = "if that misses the perplexity budget, the search for one that kee
 def quantize(argv: Sequence[str]) -> int:
     """`causerie quantize MODEL OUT`: prints a summary; raises CheckpointError or QuantizationError with one line."""
     arguments = parse_quantize(argv)
-    warning = act_order_warning(arguments.act_order, symmetric=arguments.sym)
-    if warning is not None:
-        print(f"causerie: warning: {warning}", file=sys.stderr)
+    for warning in (
+        act_order_warning(arguments.act_order, symmetric=arguments.sym),
+        format_warning(symmetric=arguments.sym, checkpoint_format=arguments.format),
+    ):
+        if warning is not None:
+            print(f"causerie: warning: {warning}", file=sys.stderr)
 
     from quant.merge import merged_for_a_while
     from quant.plan import plan_run
@@ -95,6 +98,9 @@ def _options(arguments: argparse.Namespace) -> QuantizeOptions:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         max_perplexity_increase=arguments.max_perplexity_increase,
+        head_bits=arguments.head_bits,
+        embedding_bits=arguments.embedding_bits,
+        checkpoint_format=arguments.format,
     )
 
 

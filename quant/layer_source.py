@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from quant.tables import Table
+
 
 class LayerSource(Protocol):
     """Layers are called with (hidden, cos, sin), the tables being what `rotary` returns."""
@@ -25,6 +27,11 @@ class LayerSource(Protocol):
     @property
     def max_positions(self) -> int:
         """Tokens of the longest text that the model was made for."""
+        ...
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embeddings make the logits too, so that there is one table."""
         ...
 
     @property
@@ -51,8 +58,12 @@ class LayerSource(Protocol):
         """Of everything that belongs to no layer, as it is stored."""
         ...
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., hidden) float32."""
+    def table(self, name: str) -> Table:
+        """`model.embed_tokens`, or `lm_head` where it is not tied. Raises CheckpointError if it is misshapen."""
+        ...
+
+    def embed(self, ids: Tensor, table: Table | None = None) -> Tensor:
+        """ids (...) -> (..., hidden) float32, normed where the family norms them. table: instead of its own."""
         ...
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -61,6 +72,9 @@ class LayerSource(Protocol):
         """(..., hidden) float32, likewise."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden (tokens, hidden) float32 -> (tokens, vocabulary) float32. Keeps the head from then on."""
+    def logits(self, hidden: Tensor, table: Table | None = None) -> Tensor:
+        """Normed hidden (tokens, hidden) float32 -> (tokens, vocabulary) float32. Keeps its own head from then on.
+
+        table: instead of its own head
+        """
         ...

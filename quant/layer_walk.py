@@ -1,4 +1,5 @@
-"""The walk from and to disk: each layer read, quantised, written to the work directory and let go."""
+"""The walk from and to disk: each layer, and each table of the vocabulary, read, quantised, written to the work
+directory and let go."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quant.ends import EMBEDDINGS, HEAD, quantize_table, rows_of_run
 from quant.errors import QuantizationError
 from quant.formats.autogptq import locate_tensors
 from quant.formats.checkpoint_names import CheckpointNames
@@ -18,7 +20,7 @@ from quant.int4_linear import QuantizedLinear
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
 from quant.matrix import QuantizedMatrix
-from quant.options import QuantizeOptions
+from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import ProgressSink
 from quant.quantize_model import (
     QUANTIZE_STAGE,
@@ -29,6 +31,7 @@ from quant.quantize_model import (
     fast_product_dtype,
     input_sizes,
 )
+from quant.tables import Table
 
 
 def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
@@ -84,27 +87,73 @@ def quantize_to_disk(
     choice_of: ChoiceOfLinear,
     work: WorkDirectory,
     progress: ProgressSink,
+    ends: Mapping[str, LinearChoice] | None = None,
 ) -> list[LayerReport]:
     """Quantise the layers that are not done yet; calibration activations pass through those that are.
 
     calibration: (samples, tokens) ids. options: with their group size settled.
+    ends:        tables of the vocabulary to quantise too (`quant.ends.choose_ends`)
     Raises QuantizationError naming layer and module for values that are not finite.
     """
-    num_layers = source.num_layers
+    num_layers, ends = source.num_layers, ends or {}
     reports: list[LayerReport] = []
-    if work.num_done(num_layers) == num_layers:
+    if work.num_done(num_layers) == num_layers and all(map(work.has_end, ends)):
         return [work.report(index) for index in range(num_layers)]
     with torch.inference_mode():
-        embedded = embed_in_batches(source.embed, calibration, fast_product_dtype())
-        if not bool(embedded.isfinite().all()):
-            raise QuantizationError("model.embed_tokens holds values that are not finite (NaN or infinity)")
+        embedded = _embed(source, calibration, _settle_first_end(source, options, ends, work))
         walk = CalibrationWalk(embedded, source.rotary(torch.arange(calibration.shape[1])), options, choice_of)
         del embedded
         for index in range(num_layers):
             progress.update(QUANTIZE_STAGE, index, num_layers)
             reports.append(_settle_layer(source, index, walk, work))
+        _settle_last_end(source, walk, options, ends, work)
     progress.update(QUANTIZE_STAGE, num_layers, num_layers)
     return reports
+
+
+def _embed(source: LayerSource, calibration: Tensor, table: Table | None) -> Tensor:
+    """(samples, tokens) ids -> (samples, tokens, hidden). table: instead of the source's own."""
+    embedded = embed_in_batches(lambda ids: source.embed(ids, table), calibration, fast_product_dtype())
+    if not bool(embedded.isfinite().all()):
+        raise QuantizationError("model.embed_tokens holds values that are not finite (NaN or infinity)")
+    return embedded
+
+
+def _settle_first_end(
+    source: LayerSource, options: GptqOptions, ends: Mapping[str, LinearChoice], work: WorkDirectory
+) -> Table | None:
+    """Embeddings of their own come first, so that all that follows is calibrated on what is left of them."""
+    if EMBEDDINGS not in ends or source.is_tied:
+        return None
+    if not work.has_end(EMBEDDINGS):
+        _settle_end(source, EMBEDDINGS, None, options, ends, work)
+    return work.end_table(EMBEDDINGS)
+
+
+def _settle_last_end(
+    source: LayerSource,
+    walk: CalibrationWalk,
+    options: GptqOptions,
+    ends: Mapping[str, LinearChoice],
+    work: WorkDirectory,
+) -> None:
+    name = EMBEDDINGS if source.is_tied else HEAD
+    if name in ends and not work.has_end(name):
+        _settle_end(source, name, walk.hessian_after(source.final_norm), options, ends, work)
+
+
+def _settle_end(
+    source: LayerSource,
+    name: str,
+    hessian: Tensor | None,
+    options: GptqOptions,
+    ends: Mapping[str, LinearChoice],
+    work: WorkDirectory,
+) -> None:
+    grid = replace(options, bits=ends[name].bits, group_size=ends[name].group_size)
+    run_rows = rows_of_run(source.outline(), source.hidden_size)
+    matrix, report = quantize_table(name, source.table(name), hessian, grid, run_rows)
+    work.write_end(report, matrix)
 
 
 def _settle_layer(source: LayerSource, index: int, walk: CalibrationWalk, work: WorkDirectory) -> LayerReport:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quant.formats.checkpoint_format import CheckpointFormat
+
 # What `causerie export` can say in a GGUF block without rounding a code again.
 GGUF_BLOCK = 32
 
@@ -18,7 +20,8 @@ class WrittenFormat:
 
     bits, group_sizes: every value that occurs in the decoder's layers; -1 is one group over all inputs
     act_order:         "none", "static" (groups stay in order) or "shuffled" (a g_idx that is not trivial)
-    head_bits, embedding_bits: None where they are plain
+    head_bits, embedding_bits: None where they are plain; both where they are one quantised table
+    checkpoint_format: the version of AutoGPTQ's layout
     """
 
     bits: frozenset[int]
@@ -27,10 +30,13 @@ class WrittenFormat:
     act_order: str = "none"
     head_bits: int | None = None
     embedding_bits: int | None = None
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     @property
     def is_mixed(self) -> bool:
-        return len(self.bits) > 1 or len(self.group_sizes) > 1
+        """A head or embeddings with other bits than the layers count as well."""
+        ends = {bits for bits in (self.head_bits, self.embedding_bits) if bits is not None}
+        return len(self.bits | ends) > 1 or len(self.group_sizes) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +75,35 @@ def _how(tool: str, written: WrittenFormat) -> str:
 
 
 def _obstacles_gptqmodel(written: WrittenFormat) -> list[str]:
-    return _quantised_ends(written)
+    found: list[str] = []
+    if written.embedding_bits is not None:
+        # Its own have groups of tokens, not of a token's values, and it takes these for such.
+        found.append("it lays packed embeddings out in another way")
+    if not written.symmetric and written.checkpoint_format is CheckpointFormat.V1:
+        found.append("it takes asymmetric groups of its own files only, or in version 2 (--format v2)")
+    return found
 
 
 def _obstacles_vllm(written: WrittenFormat) -> list[str]:
-    found = _mixture(written) + _quantised_ends(written)
+    found = _mixture(written)
+    if written.embedding_bits is not None:
+        found.append("it reads plain embeddings")
     if not written.symmetric:
         found.append("it takes symmetric groups only (--sym)")
-    if -1 in written.group_sizes:
-        found.append("it was seen to load groups of 32 to 128, not one group a row")
+    if 8 in written.bits:
+        found.append("its CPU build takes 4 bits only")
     if written.act_order == "shuffled":
         found.append("it takes no g_idx that shuffles (--act-order=static)")
     return found
 
 
 def _obstacles_auto_gptq(written: WrittenFormat) -> list[str]:
-    return _mixture(written) + _quantised_ends(written)
+    found = _mixture(written)
+    if written.head_bits is not None or written.embedding_bits is not None:
+        found.append("it reads a plain head and embeddings")
+    if written.checkpoint_format is CheckpointFormat.V2:
+        found.append("it takes every file for version 1, so each zero point is one too high (--format v1)")
+    return found
 
 
 def _obstacles_gguf(written: WrittenFormat) -> list[str]:
@@ -99,9 +118,3 @@ def _obstacles_gguf(written: WrittenFormat) -> list[str]:
 
 def _mixture(written: WrittenFormat) -> list[str]:
     return ["it takes one width and group size for the whole file"] if written.is_mixed else []
-
-
-def _quantised_ends(written: WrittenFormat) -> list[str]:
-    ends = (("head", written.head_bits), ("embeddings", written.embedding_bits))
-    named = [f"{name} in {bits} bits" for name, bits in ends if bits is not None]
-    return [f"only Causerie reads {' and '.join(named)}"] if named else []

@@ -7,7 +7,7 @@ Everything that quantises, stores or multiplies speaks in terms of this record. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -133,3 +133,8 @@ def split_rows(matrix: QuantizedMatrix, sizes: Sequence[int]) -> list[QuantizedM
         )
         for codes, scales, zeros in parts
     ]
+
+
+def take_outputs(matrix: QuantizedMatrix, outputs: slice | Tensor) -> QuantizedMatrix:
+    """Some outputs of it: a run of them, sharing memory, or those of these numbers, (n,) int64."""
+    return replace(matrix, codes=matrix.codes[outputs], scales=matrix.scales[outputs], zeros=matrix.zeros[outputs])

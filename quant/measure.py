@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from quant.ends import round_ends
 from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import QuantizedLinear
 from quant.layer_source import LayerSource
@@ -37,11 +38,20 @@ class Agreement:
     kl_p99: float
 
 
+class Ends(Protocol):
+    """What is before and after the layers; methods as in `LayerSource`."""
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+    def final_norm(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class PlainPath:
     """A model's float32 logits, window by window. Holds the hidden states of all windows, and no layer."""
 
-    def __init__(self, ends: LayerSource, windows: Tensor) -> None:
-        """windows: (count, tokens) ids. ends: for embeddings, positions, final norm and head."""
+    def __init__(self, ends: Ends, windows: Tensor) -> None:
+        """windows: (count, tokens) ids."""
         self._ends = ends
         self._cos, self._sin = ends.rotary(torch.arange(windows.shape[1]))
         self._hidden = ends.embed(windows)
@@ -84,11 +94,12 @@ def carry_paths(
 ) -> PlainPaths:
     """One pass over the layers of source and result.
 
-    choices: bits and group size of the result's linears, by our decoder's names
+    choices: bits and group size of what is quantised in the result, by our decoder's names
     windows: (count, tokens) ids
     """
     with torch.inference_mode():
-        paths = PlainPaths(PlainPath(source, windows), PlainPath(result, windows), PlainPath(source, windows))
+        rounded = round_ends(source, choices, options)
+        paths = PlainPaths(PlainPath(source, windows), PlainPath(result, windows), PlainPath(rounded, windows))
         for index in range(source.num_layers):
             progress.update(stage, index, source.num_layers)
             layer = source.layer(index).to(torch.float32)

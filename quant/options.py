@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.gptq import GptqOptions
 from quant.model_directory import Parent
 
@@ -24,11 +25,14 @@ class QuantizeOptions:
 
     eight_bit:     linears that get 8 bits in every layer, such as `down_proj`, whatever the others get
     choices:       bits and group size of single linears by their full names; they come before everything else
+    head_bits, embedding_bits: of the tables of the vocabulary; None leaves them plain. Where the two are one table,
+                   either means both
     measures_prose: whether the second held-out text is measured too, and not only the conversations
     measures_speed: whether the engine decodes for a few seconds on source and result
     merged_from:   base and adapter of a source that was merged for this run only: the result's parents
     measures_serving: whether the path that serves is measured, which holds the whole result in memory; None where that
                    takes no more than the rest may
+    checkpoint_format: the version of AutoGPTQ's layout to write
     """
 
     gptq: GptqOptions = field(default_factory=GptqOptions)
@@ -43,6 +47,9 @@ class QuantizeOptions:
     measures_speed: bool = True
     merged_from: tuple[Parent, ...] = ()
     measures_serving: bool | None = None
+    head_bits: int | None = None
+    embedding_bits: int | None = None
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     def bits_of(self, linear: str) -> int:
         """linear: a module's full name, such as `model.layers.0.mlp.down_proj`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+_WORD_BYTES = 4
 PACKABLE_BITS = (4, 8)
 
 
@@ -27,14 +28,13 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     per_word = codes_per_word(bits)
     if codes.shape[0] % per_word:
         raise ValueError(f"{codes.shape[0]} codes do not fill whole words of {per_word}")
-    wide = codes.to(torch.int64)
-    if wide.numel() and (int(wide.min()) < 0 or int(wide.max()) >= 1 << bits):
-        raise ValueError(f"codes must lie in 0..{(1 << bits) - 1}; found {int(wide.min())}..{int(wide.max())}")
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64)
-    words = (wide.view(-1, per_word, codes.shape[1]) << shifts.view(1, -1, 1)).sum(dim=1)
-    # Words with the top bit set are negative as int32; the wrap is made explicit, not left to the cast.
-    words = torch.where(words >= 1 << (WORD_BITS - 1), words - (1 << WORD_BITS), words)
-    return words.to(torch.int32)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        raise ValueError(f"codes must lie in 0..{(1 << bits) - 1}; found {int(codes.min())}..{int(codes.max())}")
+    # As bytes: whole words of 64 bits for each code would be sixteen times the result.
+    in_word = codes.to(torch.uint8).unflatten(0, (-1, _WORD_BYTES, per_word // _WORD_BYTES))
+    packed = in_word[:, :, 0] if bits == 8 else in_word[:, :, 0] | in_word[:, :, 1] << bits  # (words, bytes, columns)
+    # Flat, since a single column counts as contiguous whatever its stride.
+    return packed.transpose(1, 2).contiguous().flatten().view(torch.int32).unflatten(0, (-1, codes.shape[1]))
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
@@ -53,7 +53,7 @@ def unpack_columns(words: Tensor, bits: int) -> Tensor:
     Works on bytes, not on shifted words: a model's start spends its time here.
     """
     per_word = codes_per_word(bits)
-    # Flat, since a single column counts as contiguous whatever its stride. Lowest byte first: torch is little-endian.
+    # Flat as above. Lowest byte first: torch is little-endian.
     codes = words.contiguous().flatten().view(torch.uint8)  # (rows * w * 4,)
     if bits == 4:
         codes = torch.stack([codes & 0xF, codes >> 4], dim=-1)

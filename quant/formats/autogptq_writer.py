@@ -1,4 +1,4 @@
-"""Writes a GPTQ model directory in AutoGPTQ's layout, version 1: packed linears, everything else as the source has it.
+"""Writes a GPTQ model directory in AutoGPTQ's layout: packed linears, everything else as the source has it.
 
 Nothing is in memory for longer than it takes to copy: packed linears come from the files of single layers, the rest
 from the source. Only float32 becomes float16: of a small model the embeddings would else be most of the file.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,16 +18,21 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, CheckpointFormat, locate_tensors, read_json
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, locate_tensors, pack_grids, read_json
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
-from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
+from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, held, write_tensors
 from quant.gptq import ActOrder, GptqOptions
+from quant.matrix import QuantizedMatrix
 from quant.options import LinearChoice
+from quant.packing import codes_per_word, pack_rows
 
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 # As large as the hub's own files are by default.
 SHARD_BYTES: Final = 5 * 10**9
+# Of every family, on disk.
+_HEADS: Final = frozenset({"lm_head", "embed_out"})
 COPIED_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,19 +56,21 @@ def write_checkpoint(
     options: GptqOptions,
     *,
     checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+    left_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fill the existing directory `target`.
 
-    layers:  safetensors files with the packed linears, by their names on disk (`CheckpointNames`)
-    choices: bits and group size of every linear in them, by the same names
+    layers:  safetensors files with the packed linears and tables, by their names on disk (`CheckpointNames`)
+    choices: bits and group size of everything in them, by the same names
     options: with their group size settled
     checkpoint_format: the one that `layers` are packed in
+    left_out: modules of the source, by the same names, that the result does not have
     Raises CheckpointError if the source has no weight for a linear, or values that float16 cannot hold.
     """
     config = read_json(source / "config.json")
     settings = quantization_config(choices, options, checkpoint_format)
-    plain = _plain_tensors(source, choices, checkpoint_names(config))
+    plain = _plain_tensors(source, choices, left_out, checkpoint_names(config))
     if any(tensor.dtype is torch.float32 for tensor in plain):
         plain = [_narrowed(tensor) for tensor in plain]
         config.update({key: "float16" for key in ("dtype", "torch_dtype") if config.get(key) == "float32"})
@@ -74,6 +81,23 @@ def write_checkpoint(
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def packed_as_written(
+    name: str, matrix: QuantizedMatrix, checkpoint_format: CheckpointFormat = CheckpointFormat.V1
+) -> list[TensorToWrite]:
+    """The four tensors of linear `name`, as `pack_linear` makes them; codes are packed when their turn comes."""
+    per_word = codes_per_word(matrix.bits)
+
+    def words(first: int, last: int) -> Tensor:
+        return pack_rows(matrix.codes[:, first * per_word : last * per_word].t(), matrix.bits)
+
+    shape = (matrix.in_features // per_word, matrix.out_features)
+    grids = pack_grids(matrix, checkpoint_format)
+    return [
+        TensorToWrite(f"{name}.qweight", torch.int32, shape, words),
+        *(held(f"{name}.{part}", tensor) for part, tensor in grids.items()),
+    ]
 
 
 def quantization_config(
@@ -93,7 +117,7 @@ def quantization_config(
         "static_groups": options.act_order is ActOrder.STATIC,
         "damp_percent": options.damp,
         "true_sequential": True,
-        "lm_head": False,
+        "lm_head": not _HEADS.isdisjoint(choices),
         "pack_dtype": "int32",
         "meta": {"quantizer": ["causerie"]},
     }
@@ -111,7 +135,9 @@ def quantization_config(
     return settings
 
 
-def _plain_tensors(source: Path, choices: Iterable[str], names: CheckpointNames) -> list[TensorToWrite]:
+def _plain_tensors(
+    source: Path, choices: Iterable[str], left_out: Collection[str], names: CheckpointNames
+) -> list[TensorToWrite]:
     """Everything of the source that is not quantised, by the names to write it with. `choices` by names on disk."""
     file_of_tensor = locate_tensors(source)
     files = {path: TensorFile(path) for path in sorted(set(file_of_tensor.values()))}
@@ -121,7 +147,7 @@ def _plain_tensors(source: Path, choices: Iterable[str], names: CheckpointNames)
         name = names.standard(stored)
         if name in quantized:
             quantized.remove(name)
-        elif not names.is_derived(stored):
+        elif not names.is_derived(stored) and name.removesuffix(".weight") not in left_out:
             kept.append(as_stored(files[path], stored, name))
     if quantized:
         raise CheckpointError(f"{source} has no weight for {min(quantized).removesuffix('.weight')}")

@@ -66,14 +66,14 @@ class TensorInfo:
     num_bytes: int
 
 
-def _half(block_bytes: Bytes) -> Floats:
-    """(blocks, 2) bytes of one fp16 number each -> (blocks, 1) float32."""
+def half_numbers(block_bytes: Bytes) -> Floats:
+    """(..., 2) bytes of one fp16 number each -> (..., 1) float32."""
     return np.ascontiguousarray(block_bytes).view(np.float16).astype(np.float32)
 
 
-def _nibbles(packed: Bytes) -> Bytes:
-    """(blocks, n) -> (blocks, 2n): all low nibbles first, then all high ones."""
-    return np.concatenate((packed & np.uint8(15), packed >> np.uint8(4)), axis=1)
+def nibbles(packed: Bytes) -> Bytes:
+    """(..., n) -> (..., 2n): all low nibbles first, then all high ones."""
+    return np.concatenate((packed & np.uint8(15), packed >> np.uint8(4)), axis=-1)
 
 
 def _from_f32(blocks: Bytes) -> Floats:
@@ -89,16 +89,30 @@ def _from_bf16(blocks: Bytes) -> Floats:
 
 
 def _from_q8_0(blocks: Bytes) -> Floats:
-    return _half(blocks[:, :2]) * blocks[:, 2:].view(np.int8)
+    return half_numbers(blocks[:, :2]) * blocks[:, 2:].view(np.int8)
 
 
 def _from_q4_0(blocks: Bytes) -> Floats:
-    codes = _nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8)
-    return _half(blocks[:, :2]) * codes
+    codes = nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8)
+    return half_numbers(blocks[:, :2]) * codes
 
 
 def _from_q4_1(blocks: Bytes) -> Floats:
-    return _half(blocks[:, :2]) * _nibbles(blocks[:, 4:]) + _half(blocks[:, 2:4])
+    return half_numbers(blocks[:, :2]) * nibbles(blocks[:, 4:]) + half_numbers(blocks[:, 2:4])
+
+
+def _fives(high_bits: Bytes, packed: Bytes) -> Bytes:
+    """(blocks, 4) fifth bits, one of each code in order, and (blocks, 16) nibbles -> (blocks, 32) codes below 32."""
+    return nibbles(packed) | (np.unpackbits(high_bits, axis=1, bitorder="little") << np.uint8(4))
+
+
+def _from_q5_0(blocks: Bytes) -> Floats:
+    codes = _fives(blocks[:, 2:6], blocks[:, 6:]).astype(np.int8) - np.int8(16)
+    return half_numbers(blocks[:, :2]) * codes
+
+
+def _from_q5_1(blocks: Bytes) -> Floats:
+    return half_numbers(blocks[:, :2]) * _fives(blocks[:, 4:8], blocks[:, 8:]) + half_numbers(blocks[:, 2:4])
 
 
 def _from_q4_k(blocks: Bytes) -> Floats:
@@ -110,8 +124,8 @@ def _from_q4_k(blocks: Bytes) -> Floats:
     minimums = np.concatenate((middle & 63, (nibbles >> 4) | (middle >> 6 << 4)), axis=1)
     packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
     codes = (packed >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)) & 15  # (blocks, pair, nibble, 32)
-    steps = _half(blocks[:, :2]) * scales.astype(np.float32)
-    offsets = _half(blocks[:, 2:4]) * minimums.astype(np.float32)
+    steps = half_numbers(blocks[:, :2]) * scales.astype(np.float32)
+    offsets = half_numbers(blocks[:, 2:4]) * minimums.astype(np.float32)
     values = steps[:, :, None] * codes.reshape(-1, 8, 32)
     values -= offsets[:, :, None]
     return values.reshape(-1, 256)
@@ -124,7 +138,7 @@ def _from_q6_k(blocks: Bytes) -> Floats:
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
     high = (high >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)) & 3  # (blocks, half, pair, 32)
     codes = (low.reshape(-1, 16, 16) | (high.reshape(-1, 16, 16) << 4)).astype(np.int8) - np.int8(32)
-    scales = _half(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8)  # (blocks, 16)
+    scales = half_numbers(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8)  # (blocks, 16)
     return (scales[:, :, None] * codes).reshape(-1, 256)
 
 
@@ -133,6 +147,9 @@ TENSOR_TYPES: Final[Mapping[int, TensorType]] = {
     1: TensorType("F16", 1, 2, _from_f16),
     2: TensorType("Q4_0", 32, 18, _from_q4_0),
     3: TensorType("Q4_1", 32, 20, _from_q4_1),
+    # What llama.cpp's K-quants become in rows that are no multiple of 256.
+    6: TensorType("Q5_0", 32, 22, _from_q5_0),
+    7: TensorType("Q5_1", 32, 24, _from_q5_1),
     8: TensorType("Q8_0", 32, 34, _from_q8_0),
     12: TensorType("Q4_K", 256, 144, _from_q4_k),
     14: TensorType("Q6_K", 256, 210, _from_q6_k),
@@ -160,9 +177,13 @@ class GgufFile:
     def read(self, name: str) -> Floats:
         """The tensor's values, dequantised, in a fresh array of its row-major shape."""
         tensor = self.tensors[name]
-        raw = np.frombuffer(self._map[tensor.offset : tensor.offset + tensor.num_bytes], np.uint8)
-        values = tensor.type.dequantize(raw.reshape(-1, tensor.type.block_bytes))
+        values = tensor.type.dequantize(self.read_bytes(name).reshape(-1, tensor.type.block_bytes))
         return np.array(values, np.float32).reshape(tensor.shape)
+
+    def read_bytes(self, name: str) -> Bytes:
+        """The tensor as it is stored, (bytes,)."""
+        tensor = self.tensors[name]
+        return np.frombuffer(self._map[tensor.offset : tensor.offset + tensor.num_bytes], np.uint8)
 
     def close(self) -> None:
         self._map.close()

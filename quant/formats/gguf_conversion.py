@@ -7,6 +7,7 @@ Undoes what the conversion to GGUF did: renames tensors, un-permutes the rows of
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -15,10 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
+from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, pack_linear
+from quant.formats.autogptq_writer import quantization_config
 from quant.formats.gguf import GgufFile, TensorInfo
+from quant.formats.gguf_blocks import BLOCK
+from quant.formats.gguf_codes import holds_gptq_codes, layer_linears, read_matrix
 from quant.formats.gguf_families import ROPE_FACTORS, GgufFamily, family_of_gguf, llama3_rope_factors
 from quant.formats.gguf_metadata import GgufMetadata
 from quant.formats.gguf_tokenizer import read_special_ids, read_tokenizer, read_tokenizer_config
+from quant.gptq import GptqOptions
+from quant.options import LinearChoice
 
 Json: TypeAlias = "dict[str, object]"
 
@@ -29,19 +36,44 @@ _ORIGINAL_POSITIONS: Final = 8192
 _ROPE_TOLERANCE: Final = 1e-4
 
 
-def convert_gguf(path: Path, directory: Path) -> None:
+@dataclass(slots=True)
+class _Packed:
+    """Linears that stay codes: their packed tensors, and bits and group size by their names."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    choices: dict[str, LinearChoice] = field(default_factory=dict[str, LinearChoice])
+    is_symmetric: bool = True
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """The plain tensors that they stand for."""
+        return frozenset(f"{linear}.weight" for linear in self.choices)
+
+    def settings(self) -> Json:
+        bits = min(choice.bits for choice in self.choices.values())
+        return quantization_config(self.choices, GptqOptions(bits, BLOCK, symmetric=self.is_symmetric))
+
+
+def convert_gguf(path: Path, directory: Path, *, keep_codes: bool = False) -> None:
     """Writes config, weights, tokenizer and chat template of the GGUF file `path` into the existing `directory`.
 
     Matrices that are quantised in the file become float16 (float32 where float16 would overflow), rounding at most
     2⁻¹¹ of a value; everything else is kept exactly. Raises CheckpointError for what is not supported.
+    keep_codes: write the layers' linears as GPTQ with the codes they have; only for files where `can_keep_codes`
     """
     with GgufFile(path) as file:
         metadata = GgufMetadata(path, file.metadata)
         family = family_of_gguf(metadata.get("general.architecture", str), str(path))
         config = _model_config(metadata, family, file)
         tokenizer = read_tokenizer(metadata)
-        weights = _read_weights(file, metadata, family)
-    config["torch_dtype"] = str(weights["model.layers.0.mlp.down_proj.weight"].dtype).removeprefix("torch.")
+        packed = _read_packed(file, metadata, family) if keep_codes else _Packed()
+        weights = _read_weights(file, metadata, family, packed.replaced)
+    if keep_codes:
+        config["quantization_config"] = packed.settings()
+        _write_json(directory / QUANTIZE_CONFIG_FILE, packed.settings())
+    stored = next((weights[name].dtype for name in weights if name.endswith("down_proj.weight")), torch.float16)
+    config["torch_dtype"] = str(stored).removeprefix("torch.")
+    weights |= packed.tensors
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     max_tokens = metadata.count(f"{family.name}.context_length")
     _write_json(directory / "config.json", config)
@@ -51,6 +83,12 @@ def convert_gguf(path: Path, directory: Path) -> None:
     template = metadata.get_or("tokenizer.chat_template", str, "")
     if template:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def can_keep_codes(path: Path) -> bool:
+    """Whether every linear of the file's layers is codes that GPTQ holds as they are. CheckpointError as above."""
+    with GgufFile(path) as file:
+        return holds_gptq_codes(file)
 
 
 def _write_json(path: Path, value: Json) -> None:
@@ -129,7 +167,34 @@ def _rope_scaling(file: GgufFile, path: Path, head_dim: int, theta: float) -> Js
     return {"rope_scaling": scaling}
 
 
-def _read_weights(file: GgufFile, metadata: GgufMetadata, family: GgufFamily) -> dict[str, Tensor]:
+def _read_packed(file: GgufFile, metadata: GgufMetadata, family: GgufFamily) -> _Packed:
+    """Every linear of the layers."""
+    num_heads = metadata.count(f"{family.name}.attention.head_count")
+    num_kv_heads = metadata.count(f"{family.name}.attention.head_count_kv", num_heads)
+    packed = _Packed()
+    for tensor in layer_linears(file):
+        name = family.model_name(tensor.name)
+        if name is None:
+            continue  # named when the plain tensors are read
+        matrix = read_matrix(file, tensor)
+        heads = family.rotary_heads(name, num_heads, num_kv_heads)
+        if heads is not None:
+            _divisible(matrix.codes, heads, tensor, metadata.path)
+            codes, scales, zeros = (unpermute_rows(part, heads) for part in (matrix.codes, matrix.scales, matrix.zeros))
+            matrix = replace(matrix, codes=codes, scales=scales, zeros=zeros)
+        linear = name.removesuffix(".weight")
+        if linear in packed.choices:
+            raise CheckpointError(f"{metadata.path}: {tensor.name!r} is not the only tensor for {name}")
+        packed.tensors |= {f"{linear}.{part}": words for part, words in pack_linear(matrix).items()}
+        packed.choices[linear] = LinearChoice(matrix.bits, matrix.group_size)
+        packed.is_symmetric &= tensor.type.name != "Q4_1"
+    return packed
+
+
+def _read_weights(
+    file: GgufFile, metadata: GgufMetadata, family: GgufFamily, packed: frozenset[str]
+) -> dict[str, Tensor]:
+    """packed: names of those that are read as codes instead."""
     num_heads = metadata.count(f"{family.name}.attention.head_count")
     num_kv_heads = metadata.count(f"{family.name}.attention.head_count_kv", num_heads)
     weights: dict[str, Tensor] = {}
@@ -142,6 +207,8 @@ def _read_weights(file: GgufFile, metadata: GgufMetadata, family: GgufFamily) ->
                 f"{metadata.path}: tensor {tensor.name!r} has no place in a {family.name} model; the file is not "
                 "supported"
             )
+        if name in packed:
+            continue
         values = torch.from_numpy(file.read(tensor.name))
         if name in weights:
             raise CheckpointError(f"{metadata.path}: {tensor.name!r} is not the only tensor for {name}")
@@ -150,8 +217,8 @@ def _read_weights(file: GgufFile, metadata: GgufMetadata, family: GgufFamily) ->
             values = unpermute_rows(_divisible(values, heads, tensor, metadata.path), heads)
         weights[name] = values.to(_stored_dtype(tensor, values)).contiguous()
     # A count beyond the tensors there are is not worth a list of names.
-    num_layers = min(metadata.count(f"{family.name}.block_count"), len(weights))
-    missing = _expected_names(family, num_layers) - weights.keys()
+    num_layers = min(metadata.count(f"{family.name}.block_count"), len(weights) + len(packed))
+    missing = _expected_names(family, num_layers) - weights.keys() - packed
     if missing:
         raise CheckpointError(f"{metadata.path} lacks {len(missing)} tensors, {min(missing)!r} among them")
     return weights

@@ -5,7 +5,7 @@ The reference is `serving.model.weights.load_decoder`: the same modules with the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
@@ -13,19 +13,26 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
+from quant.ends import EMBEDDINGS, HEAD
 from quant.errors import CheckpointError
-from quant.formats.autogptq import PACKED_SUFFIXES, gptq_settings, is_packed_tensor, unpack_linear
+from quant.formats.autogptq import (
+    PACKED_SUFFIXES,
+    gptq_settings,
+    is_packed_tensor,
+    open_packed,
+    unpack_linear,
+)
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.int4_linear import QuantizedLinear
+from quant.tables import CodedTable, HeldTable, StoredTable, Table
 from serving.model.transformer import Decoder, DecoderLayer
 from serving.model.weights import load_spec, locate_tensors, read_config
 
 # Rows of the head that are converted to float32 at a time.
 HEAD_RUN_ROWS: Final = 8192
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
-_EMBEDDING: Final = "model.embed_tokens.weight"
-_HEAD: Final = "lm_head.weight"
+_TABLES: Final = (EMBEDDINGS, HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class DirectoryLayers:
         self._places = self._locate(locate_tensors(directory))
         self._refuse_other_names()
         self._ends = self._read_ends()
-        self._head: Tensor | None = None
+        self._head: Table | None = None
 
     @property
     def num_layers(self) -> int:
@@ -73,8 +80,12 @@ class DirectoryLayers:
         return self._spec.max_positions
 
     @property
+    def is_tied(self) -> bool:
+        return self._spec.tied_embeddings
+
+    @property
     def head_bytes(self) -> int:
-        return self._place(self._head_name).num_bytes
+        return sum(place.num_bytes for name, place in self._places.items() if _module(name) == self._head_name)
 
     def layer(self, index: int) -> nn.Module:
         layer = self._empty_layer()
@@ -94,12 +105,23 @@ class DirectoryLayers:
     def end_bytes(self) -> int:
         return sum(place.num_bytes for name, place in self._places.items() if not name.startswith("model.layers."))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Only those rows of the embeddings are read that occur."""
-        place = self._place(_EMBEDDING)
+    def table(self, name: str) -> Table:
+        """Codes are read, and stay packed; nothing is read of a plain table."""
+        expected = (self._spec.vocab_size, self._spec.hidden_size)
+        if f"{name}.qweight" in self._places:
+            assert self._settings is not None
+            packed = open_packed(name, self._packed_tensors(name), self._settings)
+            self._require_shape(name, packed.shape, expected)
+            return CodedTable(packed.matrix, packed.shape)
+        place = self._floats(f"{name}.weight")
+        self._require_shape(f"{name}.weight", place.file.tensors[place.stored].shape, expected)
+        return StoredTable(place.file, place.stored)
+
+    def embed(self, ids: Tensor, table: Table | None = None) -> Tensor:
+        """Only those rows of the embeddings are converted that occur; of plain ones, only those are read."""
         occurring, position = ids.unique(return_inverse=True)
-        rows = place.file.gather(place.stored, cast("list[int]", occurring.tolist()))
-        self._ends.model.embed_tokens.weight = nn.Parameter(rows.to(torch.float32), requires_grad=False)
+        rows = (self.table(EMBEDDINGS) if table is None else table).gather(occurring)
+        self._ends.model.embed_tokens.weight = nn.Parameter(rows, requires_grad=False)
         return self._ends.embed(position)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,17 +130,20 @@ class DirectoryLayers:
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self._ends.final_norm(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head stays in its stored type: a float32 copy of it would be most of a small model's memory."""
-        if self._head is None:
-            self._head = self._read(self._head_name)
-        runs = [hidden @ rows.to(torch.float32).t() for rows in self._head.split(HEAD_RUN_ROWS)]
+    def logits(self, hidden: Tensor, table: Table | None = None) -> Tensor:
+        if self._head is None and table is None:
+            own = self.table(self._head_name)
+            self._head = HeldTable(own.file.read(own.name)) if isinstance(own, StoredTable) else own
+        table = self._head if table is None else table
+        assert table is not None
+        starts = range(0, self.vocab_size, HEAD_RUN_ROWS)
+        runs = [hidden @ table.rows(first, min(first + HEAD_RUN_ROWS, self.vocab_size)).t() for first in starts]
         logits = torch.cat(runs, dim=-1)
         return logits if self._spec.logit_scale == 1.0 else logits.mul_(self._spec.logit_scale)
 
     @property
     def _head_name(self) -> str:
-        return _EMBEDDING if self._spec.tied_embeddings else _HEAD
+        return EMBEDDINGS if self.is_tied else HEAD
 
     def _locate(self, file_of_tensor: Mapping[str, Path]) -> dict[str, _Place]:
         """By the decoder's names, without tensors that follow from the config."""
@@ -133,12 +158,15 @@ class DirectoryLayers:
         return places
 
     def _refuse_other_names(self) -> None:
-        packed = {name.removesuffix(".qweight") + ".weight" for name in self._places if name.endswith(".qweight")}
-        expected = Decoder(self._spec, device="meta").state_dict().keys() - packed
+        tensors = Decoder(self._spec, device="meta").state_dict().keys()
+        packed = {f"{_module(name)}.weight" for name in self._places if name.endswith(".qweight")}
+        expected = tensors - packed
         # A tied head is sometimes stored too; the embeddings are what counts, as in transformers.
-        ignored = {_HEAD} if self._spec.tied_embeddings else set[str]()
+        ignored = {f"{HEAD}.weight"} if self.is_tied else set[str]()
         for name, place in self._places.items():
-            is_known = name in expected or name in ignored or (self._settings is not None and is_packed_tensor(name))
+            is_known = name in expected or name in ignored
+            if self._settings is not None and is_packed_tensor(name):
+                is_known = f"{_module(name)}.weight" in tensors
             if not is_known and not self._is_zero_bias(name):
                 raise CheckpointError(f"{self._directory} has {place.stored}, which the model lacks")
         for name in sorted(expected):
@@ -155,47 +183,59 @@ class DirectoryLayers:
         """Everything but layers and the tables of the vocabulary, in float32."""
         ends = Decoder(replace(self._spec, num_layers=1), device="meta")
         ends.model.layers = nn.ModuleList()
-        self._fill(ends, "", [name for name in ends.state_dict() if name not in (_EMBEDDING, _HEAD)])
+        self._fill(ends, "", [name for name in ends.state_dict() if _module(name) not in _TABLES])
         for parameter in ends.parameters():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(torch.float32)
         return ends.eval().requires_grad_(False)
 
     def _insert_quantized(self, layer: nn.Module, prefix: str, name: str, linear: nn.Linear) -> None:
-        assert self._settings is not None
         full = prefix + name
         stored = self._place(f"{full}.qweight").stored.removesuffix(".qweight")
-        tensors = {
-            suffix[1:]: self._places[full + suffix].file.read(stored + suffix)
-            for suffix in PACKED_SUFFIXES
-            if full + suffix in self._places
-        }
-        matrix = dict(self._names.split_matrix(stored, unpack_linear(stored, tensors, self._settings)))[full]
-        found, wanted = (matrix.out_features, matrix.in_features), (linear.out_features, linear.in_features)
-        if found != wanted:
-            raise CheckpointError(f"{self._directory}: {full} is {found}; config.json makes it {wanted}")
+        assert self._settings is not None
+        fused = unpack_linear(stored, self._packed_tensors(full), self._settings)
+        matrix = dict(self._names.split_matrix(stored, fused))[full]
+        self._require_shape(full, (matrix.out_features, matrix.in_features), (linear.out_features, linear.in_features))
         bias = None if cast("Tensor | None", linear.bias) is None else self._read(f"{full}.bias")
         parent, _, attribute = name.rpartition(".")
         setattr(layer.get_submodule(parent), attribute, QuantizedLinear(matrix, bias))
+
+    def _packed_tensors(self, full: str) -> dict[str, Tensor]:
+        """Of the linear or table of this name, by the last part of their names; of a fused one, the whole."""
+        places = {suffix[1:]: self._places.get(full + suffix) for suffix in PACKED_SUFFIXES}
+        return {part: place.file.read(place.stored) for part, place in places.items() if place is not None}
 
     def _fill(self, module: nn.Module, prefix: str, names: Iterable[str]) -> None:
         expected = module.state_dict()
         tensors = {name: self._read(prefix + name) for name in names}
         for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-                raise CheckpointError(f"{self._directory}: {prefix}{name} is {found}; config.json makes it {wanted}")
+            self._require_shape(prefix + name, tensor.shape, expected[name].shape)
         module.load_state_dict(tensors, strict=False, assign=True)
 
+    def _require_shape(self, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+        if tuple(found) != tuple(expected):
+            raise CheckpointError(
+                f"{self._directory}: {name} is {tuple(found)}; config.json makes it {tuple(expected)}"
+            )
+
     def _read(self, name: str) -> Tensor:
+        place = self._floats(name)
+        tensor = place.file.read(place.stored)
+        return tensor if place.part is None else self._names.take_part(tensor, place.part)
+
+    def _floats(self, name: str) -> _Place:
+        """Where a plain tensor lies. Raises CheckpointError if it has another type."""
         place = self._place(name)
         if place.file.dtype(place.stored) not in _FLOATS:
             found = place.file.tensors[place.stored].dtype
             raise CheckpointError(f"{place.file.path}: {place.stored} is {found}; F32, F16 and BF16 are read")
-        tensor = place.file.read(place.stored)
-        return tensor if place.part is None else self._names.take_part(tensor, place.part)
+        return place
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:
             raise CheckpointError(f"{self._directory} lacks tensors: {self._names.stored(name).name}")
         return self._places[name]
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

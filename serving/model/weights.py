@@ -1,7 +1,8 @@
 """Model directory -> `Decoder`, and back. Only safetensors are read, one tensor at a time through a memory map.
 
 Plain and GPTQ checkpoints load through the same function: packed linears become `QuantizedLinear` under the name that
-the plain one would have. Tensors that are missing, unexpected or of another shape are errors that name them.
+the plain one would have, and packed embeddings plain numbers. Tensors that are missing, unexpected or of another shape
+are errors that name them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.formats.safetensors_header import check_safetensors
 from quant.int4_linear import QuantizedLinear
+from quant.matrix import QuantizedMatrix, take_outputs
 from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
 from serving.model.transformer import Decoder
@@ -35,6 +37,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _NAMES_SHOWN = 8
+_TABLE_RUN_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,12 @@ def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32) -> Deco
     # Without GPTQ settings nothing is packed, and tensors of such names are unexpected ones.
     is_quantized = gptq_settings(directory) is not None
     if is_quantized:
-        _insert_quantized_linears(decoder, directory)
+        _insert_quantized(decoder, directory)
         file_of_tensor = {name: file for name, file in file_of_tensor.items() if not is_packed_tensor(name)}
     names = checkpoint_names(read_config(directory))
     places = _places(file_of_tensor, names)
-    expected = dict(decoder.state_dict())
+    # What was packed is there already; its plain form beside it would be one too many.
+    expected = {name: tensor for name, tensor in decoder.state_dict().items() if tensor.is_meta}
     unexpected = _unexpected_names(places, expected, tied=decoder.spec.tied_embeddings)
     if is_quantized:
         unexpected = [name for name in unexpected if not _is_zero_bias(name, places[name])]
@@ -169,19 +173,32 @@ def _shard_path(directory: Path, name: str) -> Path:
     return path
 
 
-def _insert_quantized_linears(decoder: Decoder, directory: Path) -> None:
-    """Replace each packed linear by its quantised module; a bias is filled in later with the plain tensors."""
-    linears = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+def _insert_quantized(decoder: Decoder, directory: Path) -> None:
+    """Replace each packed linear by its quantised module; a bias is filled in later with the plain tensors. Embeddings
+    become plain numbers."""
+    modules = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     for name, matrix in iterate_quantized_linears(directory):
-        linear = linears.get(name)
-        if linear is None:
+        module = modules.get(name)
+        if module is None:
             raise CheckpointError(f"{directory}: {name} is quantised and the model has no linear of that name")
-        shape = (linear.out_features, linear.in_features)
-        if (matrix.out_features, matrix.in_features) != shape:
-            found = (matrix.out_features, matrix.in_features)
+        found, shape = (matrix.out_features, matrix.in_features), tuple(module.weight.shape)
+        if found != shape:
             raise CheckpointError(f"{directory}: {name} is {found}; config.json makes it {shape}")
+        if isinstance(module, nn.Embedding):
+            # Rows are looked up one by one, so the table is plain from here on.
+            module.weight = nn.Parameter(_plain_table(matrix, module.weight.dtype))
+            continue
         parent, _, attribute = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), attribute, QuantizedLinear(matrix, linear.bias))
+        setattr(decoder.get_submodule(parent), attribute, QuantizedLinear(matrix, module.bias))
+
+
+def _plain_table(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+    """(vocabulary, hidden) in `dtype`; in runs, since float32 values of all of it would be the process's peak."""
+    table = torch.empty((matrix.out_features, matrix.in_features), dtype=dtype)
+    for first in range(0, matrix.out_features, _TABLE_RUN_ROWS):
+        run = slice(first, first + _TABLE_RUN_ROWS)
+        table[run] = take_outputs(matrix, run).dequantize(dtype)
+    return table
 
 
 def _places(file_of_tensor: Mapping[str, Path], names: CheckpointNames) -> dict[str, _Place]:

@@ -1,4 +1,4 @@
-"""Files written here load in GPTQModel and vLLM with the same logits, and files that GPTQModel writes load here.
+"""Files written here load in the tools that the report names, with the same logits; GPTQModel's files load here.
 
 Run with `CAUSERIE_INTEROP=WORK pytest -m interop`, WORK made by `python -m benchmarks.quantizer_setup WORK`.
 """
@@ -19,9 +19,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from quant.formats.autogptq import CheckpointFormat, pack_linear
+from quant.formats.autogptq import pack_linear
 from quant.formats.autogptq_writer import write_checkpoint
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.gptq import ActOrder, GptqOptions, quantize_matrix
+from quant.loaders import WrittenFormat, who_loads
 from quant.matrix import QuantizedMatrix
 from quant.options import LinearChoice
 from serving.model.weights import load_decoder
@@ -31,8 +33,8 @@ pytestmark = [pytest.mark.system, pytest.mark.interop]
 
 WORKER = Path(__file__).with_name("worker.py")
 # Of log-probabilities, which here span about 10: GPTQModel multiplies in float16 at most, vLLM in bfloat16.
-GPTQMODEL_TOLERANCE = 0.05
-VLLM_TOLERANCE = 0.25
+GPTQMODEL_TOLERANCE = 0.02
+VLLM_TOLERANCE = 0.1
 # One process and a small cache: the models are tiny.
 VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -47,10 +49,6 @@ MODEL: Mapping[str, object] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-
-
-# GPTQModel 7.7 takes asymmetric files of version 1 from itself only; the same matrices load as version 2.
-ASYMMETRIC_V1 = "asym-version-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +73,32 @@ CASES = {
     "static": Case(GptqOptions(group_size=32, act_order=ActOrder.STATIC)),
     "shuffled": Case(GptqOptions(group_size=32, act_order=ActOrder.SHUFFLED)),
     "version-2": Case(GptqOptions(group_size=32), CheckpointFormat.V2),
-    ASYMMETRIC_V1: Case(GptqOptions(group_size=32, symmetric=False)),
+    "asym-version-1": Case(GptqOptions(group_size=32, symmetric=False)),
     "mixed-bits": Case(GptqOptions(group_size=32), other_bits={"self_attn.": 8}),
 }
-LOADED_BY_VLLM = ("4bit-sym-32", "4bit-sym-128", "static")
-# Of vLLM's CPU build 0.32; elsewhere it takes 8 bits. By words of its reason.
-REFUSED_BY_VLLM = {"8bit-sym-32": "uint8b128", "8bit-sym-128": "uint8b128"}
+# By words of the reason. vLLM's is that of its CPU build.
+REFUSALS = {
+    ("gptqmodel", "asym-version-1"): "sym=False",
+    ("vllm", "asym-version-1"): "sym=False",
+    ("vllm", "4bit-asym-32"): "sym=False",
+    ("vllm", "8bit-sym-32"): "uint8b128",
+    ("vllm", "8bit-sym-128"): "uint8b128",
+    ("vllm", "mixed-bits"): "uint8b128",
+    ("vllm", "shuffled"): "desc_act=False",
+}
+TOOLS = {"gptqmodel": "GPTQModel", "vllm": "vLLM (CPU build)"}
+TOLERANCES = {"gptqmodel": GPTQMODEL_TOLERANCE, "vllm": VLLM_TOLERANCE}
+PLAINEST: Mapping[str, object] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 GPTQMODEL_CASES: Mapping[str, Mapping[str, object]] = {
-    "4bit-sym-32": {"bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+    "4bit-sym-32": PLAINEST,
     "4bit-asym-32": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False},
     "8bit-sym-128": {"bits": 8, "group_size": 128, "sym": True, "desc_act": False},
     "4bit-sym-row": {"bits": 4, "group_size": -1, "sym": True, "desc_act": False, "act_group_aware": False},
     "desc-act": {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "act_group_aware": False},
     "version-2": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "format": "gptq_v2"},
+    "mixed-bits": {**PLAINEST, "dynamic": {r"+:.*\.mlp\..*": {"bits": 8}}},
+    "mixed-groups": {**PLAINEST, "dynamic": {r"+:.*\.down_proj.*": {"group_size": 64}}},
+    "some-left-plain": {**PLAINEST, "dynamic": {r"-:.*\.o_proj.*": {}}},
 }
 
 
@@ -163,49 +174,54 @@ def answer(folder: Path, name: str) -> Tensor:
     return load_file(folder / f"{name}.safetensors")["logprobs"]
 
 
-@pytest.fixture(scope="module")
-def in_gptqmodel(gptqmodel: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gptqmodel")
-    ask(gptqmodel, "load-gptqmodel", folder, {"directories": [str(written / name) for name in CASES]})
-    return folder
+@pytest.fixture(scope="module", params=list(TOOLS))
+def answers(
+    request: pytest.FixtureRequest, written: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A tool, and the folder with what it makes of each of CASES."""
+    tool = str(request.param)
+    python: Path = request.getfixturevalue(tool)
+    folder = tmp_path_factory.mktemp(tool)
+    ask(python, f"load-{tool}", folder, {"directories": [str(written / name) for name in CASES]})
+    return tool, folder
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != ASYMMETRIC_V1])
-def test_gptqmodel_computes_the_same(name: str, in_gptqmodel: Path, written: Path) -> None:
-    found = answer(in_gptqmodel, name)
-    assert float((found - our_logprobs(written / name)).abs().max()) < GPTQMODEL_TOLERANCE
-
-
-def test_gptqmodel_refuses_asymmetric_files_of_version_1(in_gptqmodel: Path) -> None:
-    """What `CheckpointFormat.V2` is for; when this fails, GPTQModel has learnt to read them."""
-    reason = (in_gptqmodel / f"{ASYMMETRIC_V1}.txt").read_text(encoding="utf-8")
-    assert "sym=False" in reason
-
-
-@pytest.fixture(scope="module")
-def in_vllm(vllm: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vllm")
-    ask(
-        vllm,
-        "load-vllm",
-        folder,
-        {"directories": [str(written / name) for name in (*LOADED_BY_VLLM, *REFUSED_BY_VLLM)]},
+def written_format(case: Case) -> WrittenFormat:
+    assert case.options.group_size is not None
+    return WrittenFormat(
+        bits=frozenset({case.options.bits, *case.other_bits.values()}),
+        group_sizes=frozenset({case.options.group_size}),
+        symmetric=case.options.symmetric,
+        act_order=case.options.act_order.value,
+        checkpoint_format=case.version,
     )
-    return folder
 
 
-@pytest.mark.parametrize("name", LOADED_BY_VLLM)
-def test_vllm_computes_the_same(name: str, in_vllm: Path, written: Path) -> None:
-    found, expected = answer(in_vllm, name), our_logprobs(written / name)[:, :-1]
-    assert float((found - expected).abs().max()) < VLLM_TOLERANCE
-    # A wrong weight would be seen: another case's logits are farther away.
-    other = our_logprobs(written / ("4bit-sym-32" if name != "4bit-sym-32" else "8bit-sym-32"))[:, :-1]
-    assert float((found - other).abs().mean()) > 2 * float((found - expected).abs().mean())
+@pytest.mark.parametrize("name", CASES)
+def test_a_tool_computes_the_same_where_the_report_says_that_it_loads(
+    name: str, answers: tuple[str, Path], written: Path
+) -> None:
+    """Where it says the opposite, the tool refuses, or loads another model. When this fails, a tool has learnt it."""
+    tool, folder = answers
+    loaders = {loader.tool: loader for loader in who_loads(written_format(CASES[name]))}
+    assert loaders[TOOLS[tool]].loads == computes_the_same(folder, name, written, TOLERANCES[tool])
+    if (tool, name) in REFUSALS:
+        assert REFUSALS[tool, name] in (folder / f"{name}.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", REFUSED_BY_VLLM)
-def test_vllm_on_a_cpu_refuses_by_name(name: str, in_vllm: Path) -> None:
-    assert REFUSED_BY_VLLM[name] in (in_vllm / f"{name}.txt").read_text(encoding="utf-8")
+def computes_the_same(folder: Path, name: str, written: Path, tolerance: float) -> bool:
+    if (folder / f"{name}.txt").exists():
+        return False
+    found = answer(folder, name)
+    expected = our_logprobs(written / name)[:, : found.shape[1]]
+    return float((found - expected).abs().max()) < tolerance
+
+
+def test_another_models_logits_are_outside_the_tolerances(written: Path) -> None:
+    """So that a wrong weight is seen."""
+    logits = our_logprobs(written / "4bit-sym-32")
+    for other in ("4bit-sym-128", "8bit-sym-32"):
+        assert float((logits - our_logprobs(written / other)).abs().max()) > max(TOLERANCES.values())
 
 
 @pytest.fixture(scope="module")

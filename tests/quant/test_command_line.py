@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from quant.command_line import act_order_warning, parse_merge, parse_quantize
+from quant.command_line import act_order_warning, format_warning, parse_merge, parse_quantize
 from quant.commands_export import export
+from quant.formats.checkpoint_format import CheckpointFormat
 
 pytestmark = pytest.mark.unit
 
 FLAGS = (
-    *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym"),
+    *("--plan", "--adapter", "--bits", "--eight-bit", "--group-size", "--sym", "--asym", "--format"),
+    *("--head-bits", "--embedding-bits"),
     *("--act-order", "--mse-search", "--damp", "--calibration", "--samples", "--seq-len"),
     *("--seed", "--max-perplexity-increase"),
 )
@@ -48,7 +50,8 @@ def test_help_teaches_with_examples_that_parse(capsys: pytest.CaptureFixture[str
 def test_the_defaults_are_the_format_that_any_engine_loads() -> None:
     found = parse_quantize(["model", "out"])
     assert (found.bits, found.group_size, found.sym, found.act_order, found.mse_search) == (4, None, True, "none", "on")
-    assert (found.adapter, found.plan) == (None, False)
+    assert (found.adapter, found.plan, found.format) == (None, False, CheckpointFormat.V1)
+    assert (found.head_bits, found.embedding_bits) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,7 @@ def test_group_sizes_include_the_whole_row(size: int) -> None:
         (["model", "out", "--max-perplexity-increase=0%"], "is not a positive number"),
         (["model", "out", "--damp", "nan"], "is not a positive number"),
         (["model", "out", "--sym", "--asym"], "not allowed with"),
+        (["model", "out", "--format", "gptq"], "'gptq' is no version of the layout; give v1 or v2"),
     ],
 )
 def test_misuse_leaves_with_two_and_says_what_was_meant(
@@ -109,6 +113,17 @@ def test_a_shuffled_order_names_who_will_not_load_it() -> None:
     assert "vLLM (CPU build), llama.cpp, Ollama will not load" in warning
     assert act_order_warning("static", symmetric=True) is None
     assert act_order_warning("none", symmetric=True) is None
+
+
+def test_an_asymmetric_result_is_told_which_version_serves_whom() -> None:
+    warning = format_warning(symmetric=False, checkpoint_format=CheckpointFormat.V1)
+    assert warning == (
+        "--asym: GPTQModel, vLLM (CPU build) will not load the result; "
+        "with --format v2, vLLM (CPU build), AutoGPTQ 0.7 will not"
+    )
+    assert format_warning(symmetric=True, checkpoint_format=CheckpointFormat.V1) is None
+    warning = format_warning(symmetric=True, checkpoint_format=parse_quantize(["m", "o", "--format", "v2"]).format)
+    assert warning == "--format v2: AutoGPTQ 0.7 will not load the result"
 
 
 def test_merge_takes_base_adapter_and_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ import torch
 from quant import report, texts
 from quant.commands import ServingAccess, merge, quantize, stored_dtype
 from quant.errors import QuantizationError
+from quant.formats.autogptq import gptq_settings
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.model_directory import read_manifest
 from serving.cli import main
 from tests.quant.tiny_models import PALM, write_source
@@ -155,6 +157,17 @@ def test_a_shuffled_order_warns_who_will_not_load_it(
     assert quantize([str(source), str(tmp_path / "out"), *FEW, "--act-order=shuffled"]) == 0
     assert "causerie: warning: --act-order=shuffled: vLLM (CPU build)" in capsys.readouterr().err
     assert "| vLLM (CPU build) | no |" in (tmp_path / "out/quantization_report.md").read_text()
+
+
+def test_version_2_is_written_where_it_is_asked_for(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize([str(source), str(tmp_path / "out"), *FEW, "--asym", "--format", "v2"]) == 0
+    assert "causerie: warning: --format v2: vLLM (CPU build), AutoGPTQ 0.7 will not" in capsys.readouterr().err
+    assert "| GPTQModel | yes |" in (tmp_path / "out/quantization_report.md").read_text()
+    settings = gptq_settings(tmp_path / "out")
+    assert settings is not None
+    assert settings.checkpoint_format is CheckpointFormat.V2
 
 
 def test_a_conversation_that_the_template_refuses_is_named(source: Path, tmp_path: Path) -> None:

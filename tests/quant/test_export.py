@@ -24,11 +24,11 @@ from quant.errors import CheckpointError
 from quant.export import Embeddings, export_gguf, linear_rows
 from quant.formats.autogptq import pack_linear, read_quantized_linears
 from quant.formats.gguf_blocks import permute_rows, round_to_q8_0
-from quant.formats.gguf_conversion import convert_gguf, unpermute_rows
+from quant.formats.gguf_conversion import can_keep_codes, convert_gguf, unpermute_rows
 from quant.matrix import QuantizedMatrix
 from quant.progress import SilentProgress
 from serving.model.weights import load_decoder
-from tests.quant.tiny_gguf import byte_level_tokens
+from tests.quant.tiny_gguf import byte_level_tokens, write_llama
 from tests.quant.tiny_gguf import permute_rows as reference_permutation
 from tests.quant.tiny_models import CONFIG, PALM, write_source
 
@@ -243,6 +243,68 @@ def test_model_exported_and_converted_back_gives_the_same_logits(tmp_path: Path,
     assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
     # The tokenizer's own end token comes first.
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_quantised_head_and_embeddings_are_moved_bit_for_bit(
+    tmp_path: Path, is_tied: bool, bits: int, kind: str
+) -> None:
+    changes: dict[str, object] = {"tie_word_embeddings": is_tied, "num_hidden_layers": 1}
+    directory = write_plain(tmp_path / "gptq", changes)
+    tensors = load_file(directory / "model.safetensors")
+    ends = {"model.embed_tokens": "token_embd.weight"} | ({} if is_tied else {"lm_head": "output.weight"})
+    matrices = {name: random_matrix(bits, 32, symmetric=True, rows=128, columns=64) for name in ends}
+    for name, matrix in matrices.items():
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_linear(matrix).items()}
+    save_file(tensors, directory / "model.safetensors")
+    section = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True, "lm_head": not is_tied}
+    write_json(directory / "config.json", {**CONFIG, **changes, "quantization_config": section})
+
+    report = export_gguf(directory, tmp_path / "out.gguf", SilentProgress())
+
+    assert report.num_of_type[kind] == len(ends)
+    written = read_back(tmp_path / "out.gguf")
+    assert ("output.weight" in written) == (not is_tied)
+    for name, theirs in ends.items():
+        assert np.array_equal(written[theirs], matrices[name].dequantize().numpy())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_that_were_exported_come_back_bit_for_bit(tmp_path: Path, symmetric: bool) -> None:
+    directory = write_gptq(tmp_path, symmetric=symmetric)
+    export_gguf(directory, tmp_path / "m.gguf", SilentProgress())
+    back = tmp_path / "back"
+    back.mkdir()
+    assert can_keep_codes(tmp_path / "m.gguf")
+    convert_gguf(tmp_path / "m.gguf", back, keep_codes=True)
+    before, after = read_quantized_linears(directory), read_quantized_linears(back)
+    assert before.keys() == after.keys()
+    for name, matrix in before.items():
+        for part in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(matrix, part), getattr(after[name], part)), (name, part)
+    ids = torch.arange(40).view(1, -1) % 128
+    with torch.inference_mode():
+        assert torch.equal(load_decoder(directory)(ids), load_decoder(back)(ids))
+    assert json.loads((back / "config.json").read_text())["quantization_config"]["sym"] is symmetric
+
+
+@pytest.mark.parametrize("kind", [GgmlType.F16, GgmlType.Q4_1])
+def test_codes_that_gptq_cannot_hold_are_not_kept(tmp_path: Path, kind: GgmlType) -> None:
+    """Q4_1 as llama.cpp's own quantiser makes it has minimums between the steps."""
+    assert not can_keep_codes(write_llama(tmp_path / "m.gguf", kind))
+
+
+@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q8_0])
+def test_codes_with_scales_that_are_not_finite_are_not_kept(tmp_path: Path, kind: GgmlType) -> None:
+    path = write_llama(tmp_path / "m.gguf", kind)
+    assert can_keep_codes(path)
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_up.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(content)
+    assert not can_keep_codes(path)
 
 
 def test_bfloat16_is_kept_where_float16_would_lose(tmp_path: Path) -> None:

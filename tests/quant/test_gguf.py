@@ -47,13 +47,17 @@ def random_blocks(kind: GgmlType, rows: int, columns: int) -> np.ndarray:
     raw = rng.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)
     scales = rng.normal(0, 0.01, (len(raw), 2)).astype(np.float16).view(np.uint8)
     starts = {GgmlType.Q4_0: (0, 2), GgmlType.Q8_0: (0, 2), GgmlType.Q4_1: (0, 4)}
+    starts |= {GgmlType.Q5_0: (0, 2), GgmlType.Q5_1: (0, 4)}
     starts |= {GgmlType.Q4_K: (0, 4), GgmlType.Q6_K: (208, 210)}
     first, last = starts[kind]
     raw[:, first:last] = scales[:, : last - first]
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.Q4_K, GgmlType.Q6_K])
+@pytest.mark.parametrize(
+    "kind",
+    [GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1, GgmlType.Q8_0, GgmlType.Q4_K, GgmlType.Q6_K],
+)
 def test_every_quantised_type_dequantises_as_the_gguf_package_does(tmp_path: Path, kind: GgmlType) -> None:
     raw = random_blocks(kind, rows=6, columns=512)
     path = write_file(tmp_path / "m.gguf", lambda writer: writer.add_tensor("t", raw, raw_dtype=kind))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from quant import layer_files, quantize_directory, texts
 from quant.calibration import Row
 from quant.errors import QuantizationError
 from quant.formats import autogptq_writer, tensor_files
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames
 from quant.gptq import GptqOptions
 from quant.int4_linear import QuantizedLinear
@@ -72,9 +75,14 @@ class StoppedError(BaseException):
     """Stands for SIGKILL: nothing may rely on being told."""
 
 
-def test_an_interrupted_run_goes_on_at_the_layer_it_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", list(CheckpointFormat))
+def test_an_interrupted_run_goes_on_at_the_layer_it_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: CheckpointFormat
+) -> None:
     source = write_source(tmp_path / "source", num_hidden_layers=3)
-    quantize(source, tmp_path / "whole")
+    # Asymmetric: a zero point that is read back one off changes every layer after it.
+    options = replace(OPTIONS, checkpoint_format=version, gptq=GptqOptions(symmetric=False))
+    quantize(source, tmp_path / "whole", options)
     quantized: list[int] = []
     real = CalibrationWalk.quantize_layer
 
@@ -87,9 +95,9 @@ def test_an_interrupted_run_goes_on_at_the_layer_it_reached(tmp_path: Path, monk
 
     monkeypatch.setattr(CalibrationWalk, "quantize_layer", stops_at_layer_two)
     with pytest.raises(StoppedError):
-        quantize(source, tmp_path / "out")
+        quantize(source, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
-    quantize(source, tmp_path / "out")
+    quantize(source, tmp_path / "out", options)
     assert quantized == [0, 1, 2, 2]
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert works(tmp_path) == []
@@ -113,7 +121,7 @@ def stop(*arguments: object, **named: object) -> None:
     raise StoppedError
 
 
-@pytest.mark.parametrize("change", ["options", "source", "text"])
+@pytest.mark.parametrize("change", ["options", "format", "source", "text"])
 def test_work_of_other_options_source_or_text_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -126,6 +134,8 @@ def test_work_of_other_options_source_or_text_is_not_gone_on_with(
     options = OPTIONS
     if change == "options":
         options = QuantizeOptions(samples=8, seq_len=64, gptq=GptqOptions(damp=0.02))
+    elif change == "format":
+        options = replace(OPTIONS, checkpoint_format=CheckpointFormat.V2)
     elif change == "text":
         options = QuantizeOptions(samples=8, seq_len=64, seed=1)
     else:
@@ -252,11 +262,7 @@ def test_choices_of_single_linears_are_followed_and_written_down(tmp_path: Path)
 def test_a_large_result_is_written_in_shards_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "source")
     quantize(source, tmp_path / "one")
-    real = autogptq_writer.write_checkpoint
-
-    def in_shards(*arguments: object) -> None:
-        real(*arguments, shard_bytes=20_000)  # type: ignore[arg-type]
-
+    in_shards = functools.partial(autogptq_writer.write_checkpoint, shard_bytes=20_000)
     monkeypatch.setattr(quantize_directory, "write_checkpoint", in_shards)
     quantize(source, tmp_path / "many")
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
@@ -286,12 +292,12 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_runs_for_one_result_at_once_are_refused(tmp_path: Path) -> None:
     names = CheckpointNames()
-    with open_work(tmp_path / "out", "a" * 64, names):
+    with open_work(tmp_path / "out", "a" * 64, names, CheckpointFormat.V1):
         with (
             pytest.raises(QuantizationError, match="another process is making"),
-            open_work(tmp_path / "out", "a" * 64, names),
+            open_work(tmp_path / "out", "a" * 64, names, CheckpointFormat.V1),
         ):
             pytest.fail("both got in")
-        with open_work(tmp_path / "out", "b" * 64, names):
+        with open_work(tmp_path / "out", "b" * 64, names, CheckpointFormat.V1):
             assert len(works(tmp_path)) == 2
     assert works(tmp_path) == []

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.loaders import WrittenFormat, refusing_tools, who_loads
 
 pytestmark = pytest.mark.unit
@@ -23,14 +24,18 @@ def test_the_common_format_is_loaded_by_every_tool() -> None:
 @pytest.mark.parametrize(
     ("changes", "refusing"),
     [
-        ({"symmetric": False}, {"vLLM (CPU build)"}),
+        ({"symmetric": False}, {"GPTQModel", "vLLM (CPU build)"}),
+        ({"symmetric": False, "checkpoint_format": CheckpointFormat.V2}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
+        ({"checkpoint_format": CheckpointFormat.V2}, {"AutoGPTQ 0.7"}),
         ({"act_order": "static"}, set()),
         ({"act_order": "shuffled"}, {"vLLM (CPU build)", "llama.cpp, Ollama"}),
         ({"bits": frozenset({4, 8})}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
         ({"group_sizes": frozenset({128, 32})}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
-        ({"group_sizes": frozenset({-1})}, {"vLLM (CPU build)"}),
+        ({"group_sizes": frozenset({-1})}, set()),
+        ({"bits": frozenset({8})}, {"vLLM (CPU build)"}),
         ({"group_sizes": frozenset({48})}, {"llama.cpp, Ollama"}),
-        ({"head_bits": 8}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
+        ({"head_bits": 4}, {"AutoGPTQ 0.7"}),
+        ({"head_bits": 8}, {"vLLM (CPU build)", "AutoGPTQ 0.7"}),
         ({"embedding_bits": 4}, {"GPTQModel", "vLLM (CPU build)", "AutoGPTQ 0.7"}),
     ],
 )

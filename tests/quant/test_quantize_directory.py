@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from quant import layer_files, texts
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import gptq_settings, pack_linear
+from quant.formats.checkpoint_format import CheckpointFormat
 from quant.gptq import ActOrder, GptqOptions
 from quant.matrix import QuantizedMatrix
 from quant.model_directory import read_manifest
+from quant.packing import unpack_columns
 from quant.progress import SilentProgress
 from quant.quantize_directory import QuantizeOptions, quantize_with
 from quant.report import QuantizationReport
 from serving.model.weights import load_decoder
-from tests.quant.tiny_models import CONFIG, PALM, TinyAccess, write_source
+from tests.quant.tiny_models import CONFIG, PALM, TinyAccess, tiny_ids, write_source
 
 pytestmark = pytest.mark.unit
 
@@ -127,6 +129,26 @@ def test_asymmetric_and_act_order_results_read_back_exactly(tmp_path: Path, symm
     assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is False
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_version_2_is_the_same_model_with_its_zero_points_as_they_are(tmp_path: Path, symmetric: bool) -> None:
+    source = write_source(tmp_path / "source")
+    options = replace(OPTIONS, gptq=GptqOptions(symmetric=symmetric))
+    quantize(source, tmp_path / "1", options)
+    quantize(source, tmp_path / "2", replace(options, checkpoint_format=CheckpointFormat.V2))
+    one, two = (load_file(tmp_path / version / "model.safetensors") for version in "12")
+    zeros = {name: (one.pop(name), two.pop(name)) for name in sorted(one) if name.endswith(".qzeros")}
+    for first, second in zeros.values():
+        assert torch.equal(unpack_columns(first, 4) + 1, unpack_columns(second, 4))
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    ids = tiny_ids(1, 16)
+    with torch.inference_mode():
+        assert torch.equal(load_decoder(tmp_path / "1")(ids), load_decoder(tmp_path / "2")(ids))
+    settings = gptq_settings(tmp_path / "2")
+    assert settings is not None
+    assert settings.checkpoint_format is CheckpointFormat.V2
+    assert "AutoGPTQ's version 2" in (tmp_path / "2/quantization_report.md").read_text()
+
+
 def test_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     for name in ("one", "two"):
@@ -142,24 +164,29 @@ def test_a_result_worse_than_allowed_is_not_published(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def wrong_zero(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    tensors = pack_linear(matrix)
+def wrong_zero(matrix: QuantizedMatrix, version: CheckpointFormat) -> dict[str, torch.Tensor]:
+    tensors = pack_linear(matrix, version)
     return {**tensors, "qzeros": tensors["qzeros"] + 1}
 
 
-def wrong_order(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    tensors = pack_linear(matrix)
+def wrong_order(matrix: QuantizedMatrix, version: CheckpointFormat) -> dict[str, torch.Tensor]:
+    tensors = pack_linear(matrix, version)
     return {**tensors, "qweight": tensors["qweight"].flip(0)}
 
 
-@pytest.mark.parametrize("writer", [wrong_zero, wrong_order])
+def wrong_version(matrix: QuantizedMatrix, version: CheckpointFormat) -> dict[str, torch.Tensor]:
+    return pack_linear(matrix, CheckpointFormat.V2 if version is CheckpointFormat.V1 else CheckpointFormat.V1)
+
+
+@pytest.mark.parametrize("version", list(CheckpointFormat))
+@pytest.mark.parametrize("writer", [wrong_zero, wrong_order, wrong_version])
 def test_a_writer_that_writes_something_else_is_caught_before_publishing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: object, version: CheckpointFormat
 ) -> None:
     monkeypatch.setattr(layer_files, "pack_linear", writer)
     source = write_source(tmp_path / "source")
     with pytest.raises(CheckpointError, match="does not read back"):
-        quantize(source, tmp_path / "out")
+        quantize(source, tmp_path / "out", replace(OPTIONS, checkpoint_format=version))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from gguf.constants import GGMLQuantizationType as GgmlType
 
 from quant.errors import CheckpointError
 from quant.formats.gguf_conversion import convert_gguf
 from quant.model_directory import Manifest, publish_directory, read_manifest, write_manifest
 from quant.progress import ProgressSink, SilentProgress
+from serving.model.weights import load_decoder
 from serving.model_sources import SourceUnavailableError, fetch_from_package, require_space
-from serving.models import ModelReference, PackageSource, QuantizationRecipe
+from serving.models import ModelReference, PackageSource, QuantizationRecipe, is_quantized
 from serving.preparation import prepare_model, prepare_source
 from tests.quant.tiny_gguf import write_llama
 from tests.serving.fake_hub import COMMIT, FakeHub, serve_hub
@@ -99,8 +101,26 @@ def test_plain_directory_is_quantised_once_and_then_reused(tiny_model: Path, tmp
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("kind", [GgmlType.Q4_0, GgmlType.Q8_0])
+def test_codes_of_a_gguf_file_are_kept_and_not_quantised_again(tmp_path: Path, kind: GgmlType) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", kind)
+    quantize, cache = FakeQuantize(), tmp_path / "cache"
+    first = prepare_model(str(file), cache, SilentProgress(), quantize)
+    assert prepare_model(str(file), cache, SilentProgress(), quantize) == first
+    assert quantize.calls == 0
+    assert is_quantized(first)
+    source = prepare_source(str(file), cache, SilentProgress())
+    assert not is_quantized(source)
+    ids = torch.tensor([[1, 5, 9, 3]])
+    with torch.inference_mode():
+        kept, plain = load_decoder(first)(ids), load_decoder(source)(ids)
+    # The plain one holds the same values, rounded to float16.
+    torch.testing.assert_close(kept, plain, rtol=0, atol=5e-3)
+
+
+@pytest.mark.unit
 def test_gguf_file_is_converted_and_quantised_once_and_then_reused(tmp_path: Path) -> None:
-    file = write_llama(tmp_path / "tiny.gguf", GgmlType.Q4_0)
+    file = write_llama(tmp_path / "tiny.gguf", GgmlType.F16)
     quantize, cache = FakeQuantize(), tmp_path / "cache"
     first = prepare_model(str(file), cache, SilentProgress(), quantize)
     assert prepare_model(str(file), cache, SilentProgress(), quantize) == first
