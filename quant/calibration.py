@@ -80,12 +80,21 @@ def load_rows(path: Path) -> list[Row]:
     return rows
 
 
-def encode_rows(rows: Sequence[Row], encode: Encoder, seed: int | None = None) -> Tensor:
-    """All rows as one run of ids (tokens,), in an order drawn from `seed`, or as they come if it is None."""
+def encode_rows(
+    rows: Sequence[Row], encode: Encoder, seed: int | None = None, *, enough_tokens: int | None = None
+) -> Tensor:
+    """The rows as one run of ids (tokens,), in an order drawn from `seed`, or as they come if it is None.
+
+    enough_tokens: rows after so many are left out; None takes all
+    """
     order = list(range(len(rows)))
     if seed is not None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    ids = [token for index in order for token in encode(rows[index])]
+    ids: list[int] = []
+    for index in order:
+        ids += encode(rows[index])
+        if enough_tokens is not None and len(ids) >= enough_tokens:
+            break
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -22,6 +22,7 @@ from quant.errors import CheckpointError
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.pickled import pickled_hint
+from quant.formats.safetensors_header import check_safetensors
 from quant.matrix import QuantizedMatrix
 from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
@@ -250,14 +251,12 @@ def _groups(name: str, g_idx: Tensor | None, in_features: int, groups: int) -> t
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
-    """Which safetensors file of the directory holds each tensor. Files that no index names, beside a model of the usual
-    name, are other copies of the model or none of its business."""
-    file_of_tensor: dict[str, Path] = {}
-    for path in _weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is not iterable
-                file_of_tensor[name] = path
-    return file_of_tensor
+    """Which safetensors file of the directory holds each tensor.
+
+    Files that no index names, beside a model of the usual name, are other copies of the model or none of its business.
+    Raises CheckpointError for a header that does not describe its file.
+    """
+    return {name: path for path in _weight_files(directory) for name in check_safetensors(path).tensors}
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -81,6 +81,13 @@ def test_seed_decides_the_order_of_rows() -> None:
     assert encode_rows(rows, encode_letters).tolist() == [ord(letter) for letter in "abcdefgh"]
 
 
+def test_rows_after_enough_tokens_are_not_encoded() -> None:
+    rows = [Row(text=letter * 10) for letter in "abcdefgh"]
+    whole = encode_rows(rows, encode_letters, 1)
+    assert torch.equal(encode_rows(rows, encode_letters, 1, enough_tokens=31), whole[:40])
+    assert torch.equal(encode_rows(rows, encode_letters, 1, enough_tokens=1000), whole)
+
+
 def test_windows_cover_the_text_from_end_to_end() -> None:
     windows = calibration_windows(torch.arange(100), samples=5, seq_len=30)
     assert windows.shape == (5, 30)

@@ -226,6 +226,15 @@ def test_a_pickled_adapter_is_refused_by_its_name(pair: tuple[Path, Path], tmp_p
         merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
 
 
+@pytest.mark.parametrize("broken", ["base", "my-lora"])
+def test_a_file_cut_short_is_refused_by_its_name(pair: tuple[Path, Path], tmp_path: Path, broken: str) -> None:
+    path = min((tmp_path / broken).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{path.name} is not a safetensors file that can be read"):
+        merge_adapter(*pair, tmp_path / "out", SilentProgress())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("changed", ["embed_tokens", "lm_head"])
 def test_shared_embeddings_are_not_untied_in_silence(tmp_path: Path, changed: str) -> None:
     base, adapter = tmp_path / "base", tmp_path / "my-lora"
