@@ -18,8 +18,10 @@ from quant.formats.autogptq_check import stored_weight
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.gptq import GptqOptions, quantize_matrix, round_to_nearest
+from quant.machine import Machine, Rates
+from quant.model_sizes import sizes_of
 from quant.options import QuantizeOptions
-from quant.plan import Machine, Rates, make_plan, sizes_of
+from quant.plan import make_plan
 from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
 from quant.report import QuantizationReport

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.compare_texts import compare_texts
 from quant.gptq import GptqOptions, round_to_nearest
 from quant.measure import AgreementSum, PlainPaths, carry_paths, compare, log_softmax_in_place
+from quant.model_directory import DataFile
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
 from quant.quantize_directory import quantize_with
+from quant.texts import HeldOut
 from serving.model.layer_source import DirectoryLayers
 from serving.model.weights import load_decoder
 from tests.quant.tiny_models import BLOOM, GPT_NEOX, PALM, TinyAccess, tiny_decoder, tiny_ids, write_source
@@ -119,3 +122,27 @@ def test_log_softmax_in_place_equals_torchs() -> None:
     logits = torch.randn((4, 50), generator=torch.Generator().manual_seed(0)) * 30
     expected = torch.log_softmax(logits, dim=-1)
     assert torch.allclose(log_softmax_in_place(logits), expected, atol=1e-5)
+
+
+def test_each_text_is_compared_on_windows_of_its_own(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    parts = (tiny_ids(2, 16), tiny_ids(3, 16, seed=1))
+    paths = carry(source, source, torch.cat(parts))
+    texts = [HeldOut(DataFile(name, "", 1), windows) for name, windows in zip("ab", parts, strict=True)]
+    seen: list[int] = []
+
+    def served(window: int, rows: slice) -> Tensor:
+        seen.append(window)
+        return paths.source.logits(window, rows)
+
+    found = compare_texts(texts, paths, served, SilentProgress())
+    assert seen == [0, 1, 2, 3, 4]
+    decoder = load_decoder(source)
+    for text, windows in zip(found, parts, strict=True):
+        logits = decoder(windows).detach()
+        expected, _ = compare(
+            windows, lambda at, rows, of=logits: of[at, rows].clone(), [], SilentProgress(), "compare"
+        )
+        assert text.source_perplexity == pytest.approx(expected, rel=1e-5)
+        assert text.served is not None
+        assert text.served.top1_agreement == 1.0

@@ -75,6 +75,13 @@ def test_logits_of_plain_weights_equal_the_whole_models(tmp_path: Path) -> None:
     assert torch.equal(in_layers(directory)[1], serving_logits(model, WINDOWS[1]))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_quantised_ends_equal_the_whole_models(tmp_path: Path, *, tied: bool) -> None:
+    form = {**NATIVE, "tie_word_embeddings": tied}
+    directory = quantized(tmp_path, form, replace(OPTIONS, head_bits=8, embedding_bits=8))
+    assert torch.equal(in_layers(directory)[0], serving_logits(whole(directory), WINDOWS[0]))
+
+
 def test_one_layer_that_the_native_step_does_not_take_keeps_it_from_all(tmp_path: Path) -> None:
     """A gate in 8 bits beside 4-bit inputs: the two are multiplied as one plain matrix, in this layer only."""
     choices = {"model.layers.1.mlp.gate_proj": LinearChoice(8, 32)}
