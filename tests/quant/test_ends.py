@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant import layer_walk, texts
-from quant.ends import EMBEDDINGS, HEAD, choose_ends, quantize_table, round_table
+from quant.ends import EMBEDDINGS, HEAD, choose_ends, count_lookups, quantize_table, round_table
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import open_packed, pack_linear, parse_settings
 from quant.formats.autogptq_check import stored_weight
@@ -136,6 +136,18 @@ def test_gptq_beats_rounding_for_logits_and_for_the_values_of_embeddings() -> No
     assert error(head.dequantize(), inputs) < 0.8 * error(rounded, inputs)
     assert error(values.dequantize(), torch.eye(64)) < 0.99 * error(rounded, torch.eye(64))
     assert report.error == pytest.approx(error(values.dequantize(), torch.eye(64)), rel=1e-4)
+
+
+def test_what_only_a_lookup_sees_of_a_tied_table_is_kept() -> None:
+    weight = torch.randn((128, 64), generator=torch.Generator().manual_seed(3))
+    inputs = torch.randn((512, 64), generator=torch.Generator().manual_seed(4))
+    inputs[:, 5] = 0.0
+    options = GptqOptions(bits=4, group_size=32)
+    hessian = inputs.t() @ inputs / 512
+    head, _ = quantize_table("lm_head", HeldTable(weight), hessian, options, run_rows=64)
+    tied, _ = quantize_table("model.embed_tokens", HeldTable(weight), count_lookups(hessian), options, run_rows=64)
+    assert not head.dequantize()[:, 5].any()
+    assert float((tied.dequantize() - weight)[:, 5].norm() / weight[:, 5].norm()) < 0.15
 
 
 def test_rows_of_a_packed_table_are_those_of_the_whole() -> None:
