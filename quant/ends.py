@@ -27,7 +27,8 @@ EMBEDDINGS: Final = "model.embed_tokens"
 HEAD: Final = "lm_head"
 # With fewer rows, inverting the Hessian anew for each run would be most of the work.
 FEWEST_ROWS: Final = 2048
-# What a tied table's own values weigh beside its logits. Of SmolLM2-135M at 4 bits: see `count_lookups`.
+# What a tied table's own values weigh beside its logits. In 4 bits it costs SmolLM2-135M about 3.5 % of perplexity
+# with this share, 4.1 % with none, and 15 % where values alone count.
 LOOKUP_SHARE: Final = 0.1
 _PARTS: Final = ("codes", "scales", "zeros")
 
