@@ -1,14 +1,15 @@
-"""Which linears to refine for a perplexity budget: the order in which refining pays, and the search over that order.
+"""Which linears to refine for a perplexity budget: the order in which refining pays, and the search along that order.
 
-Pure: sizes and errors in, choices out; the search asks a callable for the perplexity of a set of choices.
-`quant.budget_search` measures, `quant.quantize_directory` calls it.
+Pure: sizes and harm in, refinements out; the search asks a callable for the perplexity of what it would try.
+`quant.budget_search` measures, `quant.budget_attempts` calls it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from quant.errors import QuantizationError
 from quant.options import LinearChoice
@@ -16,6 +17,11 @@ from quant.report import BudgetTrial
 
 SCALE_BYTES = 2
 INPUT_INDEX_BYTES = 4
+# Trials along the order, and those of giving one refinement back. Each carries the held-out texts through the model.
+MAX_TRIALS = 8
+MAX_GIVEN_BACK = 2
+# A mixture so near below the limit is good enough: a share of the limit, worth some thousandths of the file.
+NEAR_SHARE = 0.01
 
 
 class BudgetUnreachableError(QuantizationError):
@@ -33,11 +39,16 @@ class BudgetUnreachableError(QuantizationError):
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One way to store a unit. `error`: of its linears' outputs over their squared norms, added up."""
+    """One way to store a unit.
+
+    walk: which of the walks made it
+    harm: what it does to the model's predictions, in any unit that adds up over linears
+    """
 
     choice: LinearChoice
+    walk: int
     num_bytes: int
-    error: float
+    harm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +56,16 @@ class Unit:
     """Linears that the engine multiplies as one, so that they are refined together.
 
     names: full names, such as `model.layers.0.mlp.gate_proj`
-    kind:  what its sensitivity is looked up by
     rungs: from what the file has without refinement up to the best
     """
 
     names: tuple[str, ...]
-    kind: str
     rungs: tuple[Rung, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """`unit` goes from one rung up to `rung`. `gain` is error removed, times sensitivity, for each byte added."""
+    """`unit` goes from one rung up to `rung`. `gain` is the harm removed for each byte added."""
 
     unit: int
     rung: int
@@ -65,18 +74,11 @@ class Refinement:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The fewest refinements of the order that keep the limit. `trials` in the order in which they were made.
+    """The smallest mixture found that keeps the limit. `trials` in the order in which they were made."""
 
-    measured: increase in percent by the number of refinements, with what was known before
-    """
-
-    num_refined: int
+    refinements: tuple[Refinement, ...]
+    increase_percent: float
     trials: tuple[BudgetTrial, ...]
-    measured: Mapping[int, float]
-
-    @property
-    def increase_percent(self) -> float:
-        return self.measured[self.num_refined]
 
 
 def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int) -> int:
@@ -86,107 +88,197 @@ def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int
     return codes + groups * out_features * (SCALE_BYTES * 8 + bits) // 8 + in_features * INPUT_INDEX_BYTES
 
 
-def order_refinements(units: Sequence[Unit], sensitivity: Mapping[str, float]) -> list[Refinement]:
-    """All steps worth taking, the one first that removes most weighted error for each byte it adds.
+def with_harm(units: Sequence[Unit], harm: Sequence[float]) -> list[Unit]:
+    """The units with their harm measured anew. harm: of each unit's first rung; the others keep their ratio to it."""
+    scaled: list[Unit] = []
+    for unit, measured in zip(units, harm, strict=True):
+        factor = measured / unit.rungs[0].harm if unit.rungs[0].harm > 0 else 0.0
+        scaled.append(replace(unit, rungs=tuple(replace(rung, harm=rung.harm * factor) for rung in unit.rungs)))
+    return scaled
+
+
+def order_refinements(units: Sequence[Unit]) -> list[Refinement]:
+    """All steps worth taking, the one first that removes most harm for each byte it adds.
 
     A step that pays less than the one after it is skipped with it: a unit climbs the lower hull of its rungs, so its
-    steps come in the order of the rungs. sensitivity: by kind; 1 where absent. Ties go to the earlier unit.
+    steps come in the order of the rungs. Ties go to the earlier unit.
     """
     steps: list[Refinement] = []
     for index, unit in enumerate(units):
-        weight = sensitivity.get(unit.kind, 1.0)
         at = 0
         while (step := _best_step(unit.rungs, at)) is not None:
             rung, gain = step
-            steps.append(Refinement(index, rung, gain * weight))
+            steps.append(Refinement(index, rung, gain))
             at = rung
     return sorted(steps, key=lambda step: -step.gain)
 
 
-def choices_of(units: Sequence[Unit], refinements: Sequence[Refinement]) -> dict[str, LinearChoice]:
-    """Those of all linears that are refined: of each, the last of its unit's refinements."""
-    rungs = _rungs_reached(refinements)
-    return {name: units[index].rungs[rung].choice for index, rung in rungs.items() for name in units[index].names}
+def rungs_of(units: Sequence[Unit], refinements: Sequence[Refinement]) -> list[int]:
+    """Which of its rungs each unit is on, with those refinements."""
+    rungs = [0] * len(units)
+    for step in refinements:
+        rungs[step.unit] = max(step.rung, rungs[step.unit])
+    return rungs
+
+
+def num_refined(units: Sequence[Unit], refinements: Sequence[Refinement]) -> int:
+    """The number of linears."""
+    return sum(len(unit.names) for unit, rung in zip(units, rungs_of(units, refinements), strict=True) if rung > 0)
 
 
 def weight_bytes(units: Sequence[Unit], refinements: Sequence[Refinement]) -> int:
     """Of all linears together, with those refinements."""
-    rungs = _rungs_reached(refinements)
-    return sum(unit.rungs[rungs.get(index, 0)].num_bytes for index, unit in enumerate(units))
+    rungs = rungs_of(units, refinements)
+    return sum(unit.rungs[rung].num_bytes for unit, rung in zip(units, rungs, strict=True))
 
 
-def measured_sensitivity(
-    units: Sequence[Unit], base_increase: float, increase_without: Mapping[str, float]
-) -> dict[str, float]:
-    """Perplexity per unit of error for each kind: what refining all of the kind gained, over the error it removed.
-
-    increase_without: by kind, the increase in percent with every unit of that kind at its best rung. A kind that
-    gained nothing measurable counts a hundredth of the most sensitive one, so that it comes last and not never.
-    """
-    removed: dict[str, float] = {}
-    for unit in units:
-        removed[unit.kind] = removed.get(unit.kind, 0.0) + unit.rungs[0].error - unit.rungs[-1].error
-    gained = {
-        kind: (base_increase - increase) / removed[kind]
-        for kind, increase in increase_without.items()
-        if removed.get(kind, 0.0) > 0
-    }
-    least = max([0.0, *gained.values()]) / 100
-    return {kind: max(value, least) for kind, value in gained.items()} if least > 0 else {}
+def total_harm(units: Sequence[Unit], refinements: Sequence[Refinement]) -> float:
+    rungs = rungs_of(units, refinements)
+    return sum(unit.rungs[rung].harm for unit, rung in zip(units, rungs, strict=True))
 
 
 def search_budget(
     units: Sequence[Unit],
     order: Sequence[Refinement],
     limit_percent: float,
-    try_choices: Callable[[Mapping[str, LinearChoice]], float],
-    known: Mapping[int, float] | None = None,
+    base_percent: float,
+    increase_of: Callable[[Sequence[Refinement]], float],
+    least_percent: float = 0.0,
 ) -> SearchResult:
-    """Bisect for the shortest beginning of `order` whose perplexity keeps the limit; each is measured once.
+    """The shortest beginning of `order` whose perplexity keeps the limit, or nearly; then what of it is not needed.
 
-    try_choices: choices of the refined linears -> increase of perplexity in percent
-    known:       increases measured already, by the number of refinements
+    increase_of:   refinements -> increase of perplexity in percent; asked at most MAX_TRIALS + MAX_GIVEN_BACK times
+    base_percent:  the increase without any refinement, which is too much
+    least_percent: what is expected of taking them all; only the first guesses depend on it
     Raises BudgetUnreachableError if even all refinements are not enough.
     """
-    measured = dict(known or {})
-    trials: list[BudgetTrial] = []
+    search = _Search(units, limit_percent, increase_of, [BudgetTrial(0, weight_bytes(units, ()), base_percent)])
+    bracket = _narrow(search, order, _Bracket(units, order, base_percent, least_percent))
+    taken, increase = _give_back(search, list(order[: bracket.enough]), bracket)
+    return SearchResult(tuple(taken), increase, tuple(search.trials))
 
-    def increase_of(count: int) -> float:
-        taken = order[:count]
-        if count not in measured:
-            measured[count] = try_choices(choices_of(units, taken))
-        refined = len(choices_of(units, taken))
-        trials.append(BudgetTrial(refined, weight_bytes(units, taken), measured[count]))
-        return measured[count]
 
-    if increase_of(0) <= limit_percent:
-        return SearchResult(0, tuple(trials), measured)
-    if not order or increase_of(len(order)) > limit_percent:
-        best = min(trials, key=lambda trial: trial.increase_percent)
-        raise BudgetUnreachableError(limit_percent, best.increase_percent, best.refined)
-    too_few, enough = 0, len(order)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if increase_of(middle) <= limit_percent:
-            enough = middle
+@dataclass(frozen=True, slots=True)
+class _Search:
+    units: Sequence[Unit]
+    limit: float
+    increase_of: Callable[[Sequence[Refinement]], float]
+    trials: list[BudgetTrial]
+
+    def try_out(self, taken: Sequence[Refinement]) -> float:
+        increase = self.increase_of(taken)
+        self.trials.append(BudgetTrial(num_refined(self.units, taken), weight_bytes(self.units, taken), increase))
+        return increase
+
+
+class _Bracket:
+    """`too_few` refinements of the order miss the limit; `enough` keep it, once `is_measured`.
+
+    Between the two the increase is taken to fall evenly with the harm that is left.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], order: Sequence[Refinement], base_percent: float, least_percent: float
+    ) -> None:
+        removed = accumulate((_harm_removed(units, order, place) for place in range(len(order))), initial=0.0)
+        start = total_harm(units, ())
+        self.harm_left = [start - gone for gone in removed]  # by the number of refinements
+        self.too_few, self.enough = 0, len(order)
+        self.is_measured = False
+        self._base = self._over = base_percent
+        self.within = least_percent
+        self._same_side = 0
+
+    def guess(self, limit: float) -> int:
+        """How many refinements to try next."""
+        share = (self._over - limit) / max(self._over - self.within, 1e-9)
+        # A guess that falls on one side again and again creeps: half of the way is faster then.
+        share = 0.5 if abs(self._same_side) >= 2 else share
+        wanted = self.harm_left[self.too_few] - share * (self.harm_left[self.too_few] - self.harm_left[self.enough])
+        count = next((count for count, left in enumerate(self.harm_left) if left <= wanted), self.enough)
+        return min(max(count, self.too_few + 1), self.enough - 1 if self.is_measured else self.enough)
+
+    def learn(self, count: int, increase: float, limit: float) -> None:
+        if increase <= limit:
+            self.enough, self.within, self.is_measured = count, increase, True
+            self._same_side = max(self._same_side, 0) + 1
         else:
-            too_few = middle
-    return SearchResult(enough, tuple(trials), measured)
+            self.too_few, self._over = count, increase
+            self._same_side = min(self._same_side, 0) - 1
+
+    @property
+    def percent_of_harm(self) -> float:
+        """What one more of harm adds to the increase: over all that was taken, since neighbours differ by chance."""
+        removed = self.harm_left[0] - self.harm_left[self.enough]
+        return (self._base - self.within) / removed if removed > 0 and self._base > self.within else math.inf
+
+
+def _narrow(search: _Search, order: Sequence[Refinement], bracket: _Bracket) -> _Bracket:
+    near = NEAR_SHARE * abs(search.limit)
+    for trial in range(MAX_TRIALS):
+        is_near = bracket.is_measured and search.limit - bracket.within <= near
+        if is_near or (bracket.is_measured and bracket.enough - bracket.too_few <= 1):
+            break
+        # The last trial must not leave it open whether the limit can be kept at all.
+        is_last = trial == MAX_TRIALS - 1 and not bracket.is_measured
+        count = bracket.enough if is_last or not order else bracket.guess(search.limit)
+        increase = search.try_out(order[:count])
+        if count == len(order) and not increase <= search.limit:
+            best = min(search.trials, key=lambda one: one.increase_percent)
+            raise BudgetUnreachableError(search.limit, best.increase_percent, best.refined)
+        bracket.learn(count, increase, search.limit)
+    return bracket
+
+
+def _give_back(search: _Search, taken: list[Refinement], bracket: _Bracket) -> tuple[list[Refinement], float]:
+    """`taken` without those steps that turn out not to be needed, largest first, and its increase."""
+    increase, refused = bracket.within, set[int]()
+    for _ in range(MAX_GIVEN_BACK):
+        room = (search.limit - increase) / bracket.percent_of_harm
+        places = [
+            place
+            for place in range(len(taken))
+            if place not in refused
+            and _is_last_of_unit(taken, place)
+            and _harm_removed(search.units, taken, place) <= room
+        ]
+        if not places:
+            break
+        place = max(places, key=lambda one: _bytes_added(search.units, taken, one))
+        without = taken[:place] + taken[place + 1 :]
+        tried = search.try_out(without)
+        if tried <= search.limit:
+            taken, increase, refused = without, tried, set[int]()
+        else:
+            refused.add(place)
+    return taken, increase
+
+
+def _is_last_of_unit(taken: Sequence[Refinement], place: int) -> bool:
+    return all(later.unit != taken[place].unit for later in taken[place + 1 :])
+
+
+def _before(taken: Sequence[Refinement], place: int) -> int:
+    """The rung that the unit of step `place` was on before it."""
+    return max((step.rung for step in taken[:place] if step.unit == taken[place].unit), default=0)
+
+
+def _harm_removed(units: Sequence[Unit], taken: Sequence[Refinement], place: int) -> float:
+    rungs = units[taken[place].unit].rungs
+    return rungs[_before(taken, place)].harm - rungs[taken[place].rung].harm
+
+
+def _bytes_added(units: Sequence[Unit], taken: Sequence[Refinement], place: int) -> int:
+    rungs = units[taken[place].unit].rungs
+    return rungs[taken[place].rung].num_bytes - rungs[_before(taken, place)].num_bytes
 
 
 def _best_step(rungs: Sequence[Rung], at: int) -> tuple[int, float] | None:
-    """The rung above `at` that pays best for its bytes, and how well; None where none removes error."""
+    """The rung above `at` that pays best for its bytes, and how well; None where none removes harm."""
     start = rungs[at]
     paying = [
-        (place, (start.error - rung.error) / max(rung.num_bytes - start.num_bytes, 1))
+        (place, (start.harm - rung.harm) / max(rung.num_bytes - start.num_bytes, 1))
         for place, rung in enumerate(rungs)
-        if place > at and rung.error < start.error
+        if place > at and rung.harm < start.harm
     ]
     return max(paying, key=lambda step: (step[1], step[0]), default=None)
-
-
-def _rungs_reached(refinements: Sequence[Refinement]) -> dict[int, int]:
-    reached: dict[int, int] = {}
-    for step in refinements:
-        reached[step.unit] = max(step.rung, reached.get(step.unit, 0))
-    return reached

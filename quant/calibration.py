@@ -99,10 +99,10 @@ def calibration_windows(ids: Tensor, samples: int, seq_len: int) -> Tensor:
     found = ids.shape[0]
     needed = max(seq_len, samples * seq_len // 2)
     if found < needed:
-        possible = max(found * 2 // seq_len, 0)
+        less = f", or at most --samples {found * 2 // seq_len}" if found >= seq_len else ""
         raise QuantizationError(
             f"the calibration text has {found:,} tokens; {samples} samples of {seq_len} need at least {needed:,}: "
-            f"give more text, or at most --samples {possible}"
+            f"give more text{less}"
         )
     last_start = found - seq_len
     starts = [0] if samples == 1 else [round(index * last_start / (samples - 1)) for index in range(samples)]
@@ -184,7 +184,7 @@ def _parse_object(line: str, origin: str) -> dict[str, object]:
     try:
         record: object = json.loads(line, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise QuantizationError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise QuantizationError(f"{origin}: not valid JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise QuantizationError(f"{origin}: not valid JSON: {error}") from error
     if not isinstance(record, dict):

@@ -41,6 +41,7 @@ examples:
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACT_ORDERS = ("static", "shuffled")
+LARGEST_SEED = 2**63 - 1
 FORMATS = {"v1": CheckpointFormat.V1, "v2": CheckpointFormat.V2}
 
 
@@ -58,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
     """Leaves with exit code 2 and one line for what cannot be meant."""
-    parser = _new_parser("causerie quantize", DESCRIPTION, EXAMPLES)
+    parser = new_parser("causerie quantize", DESCRIPTION, EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="directory, named model (`causerie models list`) or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must not exist, or be empty")
     parser.add_argument("--plan", action="store_true", help="print memory, disk and time that it would take, and leave")
@@ -73,15 +74,15 @@ def parse_quantize(argv: Sequence[str]) -> argparse.Namespace:
         type=_percent,
         metavar="PCT",
         help="budget, as in 2%% (or 2): linears that need it get a smaller group or 8 bits until the result keeps it "
-        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes several "
-        "times as long; the result has mixed widths, which fewer engines load",
+        "on both held-out texts, smallest file first; nothing is written if even 8 bits are not enough. Takes two to "
+        "three times as long; the result has mixed widths, which fewer engines load",
     )
     return parser.parse_args(_with_act_order_kind(argv))
 
 
 def parse_merge(argv: Sequence[str]) -> argparse.Namespace:
     """As above."""
-    parser = _new_parser("causerie merge", MERGE_DESCRIPTION, MERGE_EXAMPLES)
+    parser = new_parser("causerie merge", MERGE_DESCRIPTION, MERGE_EXAMPLES)
     parser.add_argument("base", metavar="BASE", help="directory, named model or hub id that the adapter was trained on")
     parser.add_argument(
         "adapter", metavar="ADAPTER", type=Path, help="directory with adapter_config.json and adapter_model.safetensors"
@@ -115,7 +116,8 @@ def format_warning(*, symmetric: bool, checkpoint_format: CheckpointFormat) -> s
     return f"--asym: {version_1} will not load the result; with --format v2, {version_2} will not"
 
 
-def _new_parser(program: str, description: str, examples: str) -> _Parser:
+def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Takes whole flag names only, and answers others with the nearest one."""
     return _Parser(
         prog=program,
         description=description,
@@ -213,7 +215,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seq-len", type=_positive_int, default=512, metavar="N", help="tokens of a window (default: 512)"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="order of the text's rows (default: 0)")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="order of the text's rows (default: 0)")
 
 
 def _with_act_order_kind(argv: Sequence[str]) -> list[str]:
@@ -250,6 +252,13 @@ def _positive_int(text: str) -> int:
     value = _whole_number(text)
     if value < 1:
         _refuse(f"{value} is not positive")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole_number(text)
+    if not 0 <= value <= LARGEST_SEED:
+        _refuse(f"{value} is no seed; give 0 to {LARGEST_SEED}")
     return value
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quant.command_line import new_parser
+
 if TYPE_CHECKING:
     from quant.export import ExportReport
 
@@ -54,12 +56,7 @@ def export(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="causerie export",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("causerie export", DESCRIPTION, EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="directory, named model (`causerie models list`) or hub id")
     parser.add_argument("out", metavar="OUT.gguf", type=Path, help="file to write; must not exist")
     parser.add_argument(

@@ -166,6 +166,18 @@ class WorkDirectory:
             weight = rows_of_head_parts(weight, place.part, self._names.head_dim)
         _require_equal_weights(name, weight, matrix)
 
+    def within(self, name: str) -> WorkDirectory:
+        """One more, in a folder of this one: it stays and goes with it, under the same lock."""
+        path = self.path / name
+        path.mkdir(exist_ok=True)
+        return WorkDirectory(path, self._names, self._format)
+
+    def link_others(self, others: WorkDirectory) -> None:
+        """Take over what lies in `others` and not here, without a copy: what belongs to no layer."""
+        for path in others.path.glob("*.safetensors"):
+            if not (self.path / path.name).exists():
+                (self.path / path.name).symlink_to(path.absolute())
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 

@@ -25,6 +25,11 @@ class LayerSource(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that the model was made for."""
+        ...
+
+    @property
     def is_tied(self) -> bool:
         """Whether the embeddings make the logits too, so that there is one table."""
         ...

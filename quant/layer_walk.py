@@ -5,18 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quant.ends import EMBEDDINGS, HEAD, count_lookups, quantize_table, rows_of_run
 from quant.errors import QuantizationError
+from quant.formats.autogptq import locate_tensors
+from quant.formats.checkpoint_names import CheckpointNames
+from quant.formats.tensor_files import TensorFile, as_stored, runs_of
 from quant.gptq import GptqOptions, choose_group_size
 from quant.int4_linear import QuantizedLinear
 from quant.layer_files import WorkDirectory
 from quant.layer_source import LayerSource
 from quant.matrix import QuantizedMatrix
-from quant.options import LinearChoice
+from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import ProgressSink
 from quant.quantize_model import (
     QUANTIZE_STAGE,
@@ -34,6 +38,46 @@ def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
     """One group size for the whole model. QuantizationError if it does not divide every linear's inputs."""
     sizes = input_sizes([source.outline()])
     return replace(options, group_size=choose_group_size(sizes, options.group_size))
+
+
+def refuse_unfit_options(source: LayerSource, names: CheckpointNames, options: QuantizeOptions) -> None:
+    """Raises QuantizationError for windows longer than the model's context, for names in `eight_bit` that the layers
+    lack, and where linears that are stored as one would get several grids."""
+    if options.seq_len > source.max_positions:
+        raise QuantizationError(
+            f"--seq-len {options.seq_len:,} is longer than the model's context of {source.max_positions:,} tokens, "
+            "behind which its activations are not what it was trained on; give at most that"
+        )
+    linears = {
+        name.rpartition(".")[2] for name, part in source.outline().named_modules() if isinstance(part, nn.Linear)
+    }
+    absent = [name for name in options.eight_bit if name not in linears]
+    if absent:
+        raise QuantizationError(
+            f"--eight-bit {absent[0]}: this model has no such linear; it has {', '.join(sorted(linears))}"
+        )
+    for stored, parts in names.fused.items():
+        for index in range(source.num_layers):
+            choices = {name.rpartition(".")[2]: options.choice_of(name.format(index)) for name in parts}
+            if len(set(choices.values())) > 1:
+                found = ", ".join(f"{name} {choice.bits}" for name, choice in choices.items())
+                raise QuantizationError(
+                    f"this family stores {', '.join(choices)} as one linear ({stored.format(index)}), which has one "
+                    f"grid, and their bits would be {found}; name all of them in --eight-bit, or none"
+                )
+
+
+def refuse_damaged_ends(directory: Path, names: CheckpointNames) -> None:
+    """Raises QuantizationError naming a tensor outside the layers that holds what is no number: the head and the final
+    norm would else only be met when everything is quantised, a row of the embeddings perhaps never. Reads them once."""
+    for stored, path in locate_tensors(directory).items():
+        if names.is_derived(stored) or names.ours(stored)[0].startswith("model.layers."):
+            continue
+        tensor = as_stored(TensorFile(path), stored)
+        if tensor.dtype.is_floating_point and not all(bool(run.isfinite().all()) for run in runs_of(tensor)):
+            raise QuantizationError(
+                f"{stored} holds values that are not finite (NaN or infinity); the source is damaged"
+            )
 
 
 def quantize_to_disk(

@@ -1,80 +1,39 @@
 """A peft LoRA adapter merged into its base model: W + scale * B @ A, tensor by tensor, from files to files.
 
-Reads `adapter_config.json` and `adapter_model.safetensors` itself, without peft; what it cannot merge exactly as peft
-would is refused by name. `merge_adapter` writes a whole model directory; the maths is `merged_weight`.
+`merge_adapter` writes a whole model directory; the maths is `merged_weight`. Reading the adapter is up to `quant.lora`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.formats.autogptq import gptq_settings
+from quant.formats.autogptq import gptq_settings, locate_tensors, read_json
+from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, write_tensors
+from quant.lora import Adapter, LowRank, read_adapter, refuse_not_finite
 from quant.model_directory import (
     Manifest,
     Parent,
     hash_directory,
-    hash_file,
     publish_directory,
     read_manifest,
     write_manifest,
 )
 from quant.progress import ProgressSink
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-PREFIX = "base_model.model."
-# Options that change what a low-rank update means, and what each is called; all of them off is plain LoRA.
-_REFUSED_OPTIONS = {
-    "use_dora": "DoRA, which also scales each row",
-    "use_qalora": "QALoRA, which pools its inputs",
-    "lora_bias": "LoRA with biases of its own",
-    "layer_replication": "an adapter that repeats layers",
-    "target_parameters": "LoRA on single parameters",
-    "trainable_token_indices": "an adapter with retrained tokens",
-    "arrow_config": "routing between adapters (Arrow)",
-    "alora_invocation_tokens": "activated LoRA, which only works unmerged",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
-# These change the base's weights before training starts, so that the adapter only fits the changed ones.
-_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"})
 _MERGE_STAGE = "Merging the adapter"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """What `adapter_config.json` says that merging needs. The patterns give single modules another rank or alpha."""
-
-    rank: int
-    alpha: float
-    is_rank_stabilised: bool
-    fan_in_fan_out: bool
-    rank_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-
-    def scale_of(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank) where rank-stabilised (arXiv:2312.03732). module: its full name."""
-        rank = _of_pattern(self.rank_pattern, module, self.rank)
-        alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
-        return alpha / (rank**0.5 if self.is_rank_stabilised else rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,62 +44,38 @@ class Merged:
     parents: tuple[Parent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """An update of one weight: `down` (rank, in) is peft's A, `up` (out, rank) its B."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """Everything by the name of the base model's tensor: low-rank updates, and tensors that take its place whole."""
-
-    name: str
-    sha256: str
-    updates: Mapping[str, LowRank]
-    replacements: Mapping[str, Tensor]
-    fan_in_fan_out: bool = False
-
-    @property
-    def names(self) -> set[str]:
-        return {*self.updates, *self.replacements}
-
-
-def merged_weight(weight: Tensor, update: LowRank, *, fan_in_fan_out: bool = False) -> Tensor:
+def merged_weight(weight: Tensor, update: LowRank) -> Tensor:
     """W + scale * B @ A, summed in float32 and rounded once to the weight's type.
 
-    weight: (out, in), or (in, out) with fan_in_fan_out; any floating type. Raises ValueError if the shapes differ.
+    weight: (out, in), any floating type. Raises ValueError if the shapes differ.
     Source: arXiv:2106.09685, section 4.1. peft rounds B @ A to the adapter's type first.
     """
+    if update.shape != tuple(weight.shape):
+        raise ValueError(f"the update is {update.shape} and the weight {tuple(weight.shape)}")
     delta = update.up.to(torch.float32) @ update.down.to(torch.float32)
-    if fan_in_fan_out:
-        delta = delta.t()
-    if delta.shape != weight.shape:
-        raise ValueError(f"the update is {tuple(delta.shape)} and the weight {tuple(weight.shape)}")
     return (weight.to(torch.float32) + delta * update.scale).to(weight.dtype)
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, progress: ProgressSink) -> None:
     """Write `base` with `adapter` merged into it as the new directory `out`, which appears whole or not at all.
 
-    The adapter and one shard of the base are in memory at a time. Raises CheckpointError for a base that is quantised,
-    an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
+    The adapter and a run of rows of the base are in memory at a time. Raises CheckpointError for a base that is
+    quantised, an adapter that is not plain LoRA or does not fit, and an `out` that holds something.
     """
     _refuse_unusable(base, out)
-    update = read_adapter(adapter)
-    shards = _tensors_by_file(base)
-    names_of_base = {name for names in shards.values() for name in names}
+    names = checkpoint_names(read_json(base / CONFIG_FILE))
+    update = read_adapter(adapter).renamed(names.standard)
+    files = [TensorFile(path) for path in sorted(set(locate_tensors(base).values()))]
+    names_of_base = {names.standard(name) for file in files for name in file.tensors}
     _refuse_strangers(update, names_of_base, base)
-    _refuse_untying(update, names_of_base, base)
+    _refuse_untying(update, names, names_of_base, base)
+    merged = {file.path.name: [_merged(file, name, update, names) for name in file.tensors] for file in files}
     with publish_directory(out) as directory:
         _copy_other_files(base, directory)
-        for index, (file, names) in enumerate(sorted(shards.items())):
-            progress.update(_MERGE_STAGE, index, len(shards))
-            _merge_file(base / file, names, update, directory / file)
-        progress.update(_MERGE_STAGE, len(shards), len(shards))
+        for index, (name, tensors) in enumerate(merged.items()):
+            progress.update(_MERGE_STAGE, index, len(merged))
+            write_tensors(directory / name, tensors, {"format": "pt"})
+        progress.update(_MERGE_STAGE, len(merged), len(merged))
         write_manifest(directory, _manifest(base, update))
 
 
@@ -160,92 +95,6 @@ def merged_for_a_while(base: Path, adapter: Path, beside: Path, progress: Progre
         yield Merged(directory, manifest.parents)
 
 
-def read_adapter(directory: Path) -> Adapter:
-    """Raises CheckpointError for what is no LoRA adapter in safetensors, naming the method or file that it found."""
-    config = read_lora_config(directory)
-    path = directory / ADAPTER_WEIGHTS
-    if not path.is_file():
-        pickled = [file.name for file in directory.glob("adapter_model.*") if file.suffix in (".bin", ".pt")]
-        hint = f"; {pickled[0]} is pickled, which is never read: save the adapter as safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has no {ADAPTER_WEIGHTS}{hint}")
-    low_rank: dict[str, dict[str, Tensor]] = {}
-    replacements: dict[str, Tensor] = {}
-    for name, tensor in _read_all(path).items():
-        _refuse_not_finite(path, name, tensor)
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight", name)
-        if found is not None:
-            low_rank.setdefault(found[1], {})[found[2]] = tensor
-        elif name.startswith(PREFIX) and ".lora_" not in name:
-            replacements[name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")] = tensor
-        else:
-            kind = "LoRA on embeddings" if "lora_embedding" in name else "no low-rank update of a linear"
-            raise CheckpointError(f"{path}: {name} is {kind}, which cannot be merged; train the adapter without it")
-    updates = {f"{module}.weight": _low_rank(path, module, parts, config) for module, parts in low_rank.items()}
-    if not updates and not replacements:
-        raise CheckpointError(f"{path} holds no tensors")
-    return Adapter(directory.absolute().name, hash_file(path), updates, replacements, config.fan_in_fan_out)
-
-
-def read_lora_config(directory: Path) -> LoraConfig:
-    """Raises CheckpointError for a file that is absent or broken, and for a method that is not plain LoRA."""
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a peft adapter: it has no {ADAPTER_CONFIG}")
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(parsed).__name__}; expected an object")
-    record = cast("Mapping[str, object]", parsed)
-    if record.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is of the kind {record.get('peft_type')!r}; only LORA can be merged")
-    for option, what in _REFUSED_OPTIONS.items():
-        if record.get(option):
-            raise CheckpointError(f"{path}: {option} is set: {what}; only plain LoRA can be merged. Merge it with peft")
-    start = record.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_REFUSED_STARTS):
-        raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base's weights too; merge it with peft"
-        )
-    if record.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias is {record['bias']!r}; only adapters with bias = 'none' can be merged")
-    return LoraConfig(
-        rank=int(_positive(record, "r", path)),
-        alpha=_positive(record, "lora_alpha", path),
-        is_rank_stabilised=bool(record.get("use_rslora")),
-        fan_in_fan_out=bool(record.get("fan_in_fan_out")),
-        rank_pattern=_pattern(record, "rank_pattern", path),
-        alpha_pattern=_pattern(record, "alpha_pattern", path),
-    )
-
-
-def _low_rank(path: Path, module: str, parts: Mapping[str, Tensor], config: LoraConfig) -> LowRank:
-    if set(parts) != {"A", "B"}:
-        missing = "B" if "A" in parts else "A"
-        raise CheckpointError(f"{path}: {module} has no lora_{missing}; the file is not complete")
-    down, up = parts["A"], parts["B"]
-    rank = int(_of_pattern(config.rank_pattern, module, config.rank))
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != rank or up.shape[1] != rank:
-        raise CheckpointError(
-            f"{path}: {module} has A {tuple(down.shape)} and B {tuple(up.shape)}; rank {rank} makes them "
-            f"({rank}, inputs) and (outputs, {rank})"
-        )
-    return LowRank(down, up, config.scale_of(module))
-
-
-def _of_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """peft's rule: the first key that is the end of the module's name, as a regular expression after a dot."""
-    for key, value in pattern.items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise CheckpointError(f"{ADAPTER_CONFIG}: {key!r} is not a pattern of module names: {error}") from error
-        if found is not None:
-            return value
-    return default
-
-
 def _refuse_unusable(base: Path, out: Path) -> None:
     if not (base / CONFIG_FILE).is_file():
         raise CheckpointError(f"{base} is not a model directory: it has no {CONFIG_FILE}")
@@ -260,65 +109,53 @@ def _refuse_strangers(adapter: Adapter, names: set[str], base: Path) -> None:
     strangers = sorted(adapter.names - names)
     if strangers:
         tied = " (the base shares its head with the embeddings)" if "lm_head.weight" in strangers else ""
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise CheckpointError(
-            f"the adapter {adapter.name} changes {len(strangers)} tensors that {base} lacks, such as "
-            f"{strangers[0]}{tied}; give the base that it was trained on"
+            f"the adapter {adapter.name} changes {strangers[0]}{more}, which {base} lacks{tied}; "
+            "give the base that it was trained on"
         )
 
 
-def _refuse_untying(adapter: Adapter, names: set[str], base: Path) -> None:
+def _refuse_untying(adapter: Adapter, names: CheckpointNames, names_of_base: set[str], base: Path) -> None:
     """Embeddings trained beside a head that shares them belong to the embeddings alone; the base has one tensor."""
-    changed = [name for name in adapter.names if name.endswith("embed_tokens.weight")]
-    if changed and "lm_head.weight" not in names:
+    changed = [name for name in adapter.names if names.ours(name)[0] == "model.embed_tokens.weight"]
+    if changed and names.standard("lm_head.weight") not in names_of_base:
         raise CheckpointError(
             f"the adapter {adapter.name} has its own {changed[0]}, which {base} shares with its head; merge it with "
             "peft, which writes the two apart"
         )
 
 
-def _merge_file(source: Path, names: Sequence[str], adapter: Adapter, target: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    with _open(source) as file:
-        for name in names:
-            tensors[name] = _merged(name, file.get_tensor(name), adapter)
-    save_file(tensors, target, metadata={"format": "pt"})
+def _merged(file: TensorFile, name: str, adapter: Adapter, names: CheckpointNames) -> TensorToWrite:
+    """The tensor of the base as it is, or what the adapter makes of it when its turn comes. CheckpointError if the
+    shapes differ. names: files may leave out a prefix that the adapter's names have."""
+    update, replacement = adapter.updates.get(names.standard(name)), adapter.replacements.get(names.standard(name))
+    if update is None and replacement is None:
+        return as_stored(file, name)
+    shape, dtype = file.tensors[name].shape, file.dtype(name)
+    for part in (update, replacement):
+        if part is not None and tuple(part.shape) != shape:
+            raise CheckpointError(
+                f"the adapter {adapter.name} does not fit {name}: it has {tuple(part.shape)}, the base {shape}"
+            )
 
+    def rows(first: int, last: int) -> Tensor:
+        weight = file.rows(name, first, last) if replacement is None else replacement[first:last].to(dtype)
+        if update is None:
+            return weight
+        merged = merged_weight(weight, update.rows(first, last))
+        refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
+        return merged
 
-def _merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
-    """`weight` itself where the adapter does not change it. CheckpointError if the shapes differ."""
-    replacement = adapter.replacements.get(name)
-    if replacement is not None:
-        if replacement.shape != weight.shape:
-            found, wanted = tuple(replacement.shape), tuple(weight.shape)
-            raise CheckpointError(f"the adapter {adapter.name} has {name} as {found}; the base has it as {wanted}")
-        weight = replacement.to(weight.dtype)
-    update = adapter.updates.get(name)
-    if update is None:
-        return weight
-    try:
-        merged = merged_weight(weight, update, fan_in_fan_out=adapter.fan_in_fan_out)
-    except ValueError as error:
-        raise CheckpointError(f"the adapter {adapter.name} does not fit {name}: {error}") from error
-    _refuse_not_finite(Path(adapter.name), f"the merged {name}", merged)
-    return merged.contiguous()
-
-
-def _tensors_by_file(base: Path) -> dict[str, list[str]]:
-    """The names that each weight file of the base holds."""
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{base} has no safetensors files; weights of other kinds are not read")
-    found: dict[str, list[str]] = {}
-    for path in files:
-        with _open(path) as file:
-            found[path.name] = list(file.keys())
-    return found
+    return TensorToWrite(name, dtype, shape, rows)
 
 
 def _copy_other_files(base: Path, directory: Path) -> None:
+    """Not the weights in other formats that some repositories have beside these: they would be the base's still."""
     for path in base.iterdir():
         is_report = path.name.startswith("quantization_report")
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "causerie.json" and not is_report:
+        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
+        if path.is_file() and path.name != "causerie.json" and not is_weights and not is_report:
             shutil.copyfile(path, directory / path.name)
 
 
@@ -334,35 +171,3 @@ def _manifest(base: Path, adapter: Adapter) -> Manifest:
         config={"method": "lora", "merged_tensors": len(adapter.names)},
         chat_format_sha256=None if before is None else before.chat_format_sha256,
     )
-
-
-def _read_all(path: Path) -> dict[str, Tensor]:
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is not iterable
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _refuse_not_finite(origin: Path, name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{origin}: {name} holds values that are not finite; the training has diverged")
-
-
-def _positive(record: Mapping[str, object], key: str, path: Path) -> float:
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _pattern(record: Mapping[str, object], key: str, path: Path) -> dict[str, float]:
-    pattern = record.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise CheckpointError(f"{path}: {key} is {type(pattern).__name__}, expected an object")
-    named = cast("Mapping[str, object]", pattern)
-    return {name: _positive(named, name, path) for name in named}

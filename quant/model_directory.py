@@ -7,6 +7,7 @@ Knows file names and hashes only; what the weights mean is up to the readers. Ev
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -183,7 +184,7 @@ def publish_directory(target: Path) -> Generator[Path]:
     Until then `target` is untouched, and after an error nothing is left beside it. A directory already at `target` is
     replaced. Callers that race for one target must hold a lock.
     """
-    target = target.absolute()
+    target = target.resolve()  # a link keeps pointing to where its owner wants the files
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}{_TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
@@ -232,6 +233,27 @@ def remove_leftovers(parent: Path) -> list[Path]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return leftovers
+
+
+def remove_leftovers_of(target: Path) -> list[Path]:
+    """As above, of this one target and of writers that are no more: other directories beside it are left alone."""
+    target = target.absolute()
+    found = target.parent.glob(f".{glob.escape(target.name)}{_TEMPORARY_MARK}*")
+    leftovers = [path for path in found if path.is_dir() and not _is_writer_alive(path)]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return leftovers
+
+
+def _is_writer_alive(temporary: Path) -> bool:
+    number = temporary.name.rpartition(_TEMPORARY_MARK)[2].partition("-")[0]
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True  # not one of ours, or another user's process
+    return True
 
 
 def hash_file(path: Path) -> str:

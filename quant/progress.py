@@ -34,7 +34,7 @@ class JsonLinesProgress:
 
 
 class LineProgress:
-    """One line when a stage begins and one when it ends: for a log file or a pipe."""
+    """For a log file or a pipe: one line when a stage begins and one when it ends, one alone for both at once."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
@@ -43,7 +43,7 @@ class LineProgress:
     def update(self, stage: str, done: float, total: float) -> None:
         if stage != self._stage:
             self._stage = stage
-            self._stream.write(f"{stage} ...\n")
+            self._stream.write(f"{stage} ...\n" if done < total else f"{stage}\n")
         elif done >= total:
             self._stream.write(f"{stage} done\n")
         self._stream.flush()

@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from quant.budget import BudgetUnreachableError
-from quant.budget_search import BudgetSearch, FoundChoices, SearchRun, open_search
+from quant.budget_attempts import OverBudgetError, keep_budget
+from quant.budget_search import SearchRun, Walked
 from quant.calibration import Encoder
 from quant.compare_texts import compare_texts
 from quant.ends import EMBEDDINGS, HEAD, choose_ends
@@ -32,7 +30,7 @@ from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
-from quant.layer_walk import quantize_to_disk, settle_group_size
+from quant.layer_walk import quantize_to_disk, refuse_damaged_ends, refuse_unfit_options, settle_group_size
 from quant.measure import WindowLogits, carry_paths
 from quant.model_directory import (
     JsonValue,
@@ -41,6 +39,7 @@ from quant.model_directory import (
     hash_directory,
     publish_directory,
     read_manifest,
+    remove_leftovers_of,
     write_manifest,
 )
 from quant.options import LinearChoice, QuantizeOptions
@@ -51,10 +50,6 @@ from quant.report import BudgetTrial, DecodeSpeed, QuantizationReport, TextCompa
 from quant.texts import RunTexts, prepare_texts
 
 logger = logging.getLogger(__name__)
-
-# Results that are made and measured while searching for a budget, each with a lower aim than the one before.
-MAX_ATTEMPTS = 3
-_BETTER_QUALITY = "Try a smaller --group-size, --act-order, --asym, more --samples, --bits 8, or a higher limit"
 
 __all__ = ["ModelAccess", "QuantizeOptions", "peak_memory_bytes", "quantize_with"]
 
@@ -77,17 +72,6 @@ class ModelAccess(Protocol):
     def decode_speeds(self, directories: Sequence[Path]) -> Sequence[DecodeSpeed | None]:
         """Of the engine on each directory; None for what could not be measured."""
         ...
-
-
-class OverBudgetError(Exception):
-    """Perplexity rose by more than was allowed. Not for the user's eyes: a search follows. `work`: what was walked."""
-
-    def __init__(self, report: QuantizationReport, limit_percent: float, work: Path) -> None:
-        increase = report.perplexity_increase_percent
-        super().__init__(f"perplexity rose by {increase:.2f} %, more than the {limit_percent:g} % allowed")
-        self.report = report
-        self.limit_percent = limit_percent
-        self.work = work
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,87 +113,48 @@ def quantize_with(
     """Quantise `source` into the new directory `out`, which appears whole or not at all.
 
     A run that was interrupted goes on at the layer it had reached, if source, text and options are the same.
-    Where it loses more than `max_perplexity_increase`, the linears to refine are searched for and it is made again.
+    Where it loses more than `max_perplexity_increase`, `quant.budget_attempts` finds which linears to refine.
     Raises QuantizationError for what cannot be done as asked, a limit that cannot be kept and a full disk included;
     CheckpointError for a directory that cannot be used.
     """
     _refuse_unusable(source, out)
     run = _prepare(access, source, out, options, progress)
     _mention_other_works(out, run.mark)
-    try:
-        return _quantize_once(run, out)
-    except OverBudgetError as over:
-        return _quantize_within_budget(run, out, over)
-
-
-def _quantize_once(run: _Run, out: Path, trials: tuple[BudgetTrial, ...] = ()) -> QuantizationReport:
-    """With the options as they are. OverBudgetError if perplexity rose by more than they allow; its work stays."""
     names = checkpoint_names(read_json(run.source / "config.json"))
     with (
         open_work(out, run.mark, names, run.options.checkpoint_format) as work,
         full_disk_named(out, work, run.layers.num_layers),
     ):
+        remove_leftovers_of(out)
         quantize_started = time.monotonic()
-        layers = _quantize(run, work)
-        quantize_seconds = time.monotonic() - quantize_started
-        with publish_directory(out) as directory:
-            _write(run, work, directory)
-            texts = _measure(run, layers, directory)
-            report = _report(run, layers, texts, directory, quantize_seconds)
-            ends = tuple(map(work.end_report, run.ends))
-            report = replace(report, ends=ends, budget_trials=trials)
-            _refuse_bad_quality(report, work)
-            report = _with_speeds(run, report, directory)
-            write_report(directory, report)
-            write_manifest(directory, _manifest(run, report))
+        base = Walked(work, _quantize(run, work))
+
+        def make(walked: Walked, trials: Sequence[BudgetTrial]) -> QuantizationReport:
+            return _make_result(run, out, walked, trials, time.monotonic() - quantize_started)
+
+        limit = run.options.max_perplexity_increase
+        if limit is None:
+            return make(base, ())
+        windows = [text.windows for text in run.texts.held_out]
+        search = SearchRun(run.layers, base, run.texts.calibration, windows, run.options, run.progress)
+        return keep_budget(search, limit, make)
+
+
+def _make_result(
+    run: _Run, out: Path, walked: Walked, trials: Sequence[BudgetTrial], quantize_seconds: float
+) -> QuantizationReport:
+    """Write, measure and publish. Raises OverBudgetError if perplexity rose by more than the options allow."""
+    with publish_directory(out) as directory:
+        _write(run, walked.work, directory)
+        texts = _measure(run, walked.layers, directory)
+        report = _report(run, walked.layers, texts, directory, quantize_seconds)
+        ends = tuple(map(walked.work.end_report, run.ends))
+        report = replace(report, ends=ends, budget_trials=tuple(trials))
+        _refuse_bad_quality(report)
+        report = _with_speeds(run, report, directory)
+        write_report(directory, report)
+        write_manifest(directory, _manifest(run, report))
     return report
-
-
-def _quantize_within_budget(run: _Run, out: Path, over: OverBudgetError) -> QuantizationReport:
-    """Search which linears to refine, and quantise with them; again with a lower aim if the result misses the limit.
-
-    Trials see the plain path and a part of the text. What the whole text and the serving path add to that is taken
-    off the aim, first as it was without refinements, then as it was in the attempt before.
-    """
-    limit = over.limit_percent
-    aim, trials = limit, list[BudgetTrial]()
-    with open_search(_search_run(run, out)) as search:
-        added = over.report.perplexity_increase_percent - search.base_increase
-        for _ in range(MAX_ATTEMPTS):
-            aim = min(aim, limit - max(added, 0.0))
-            found = _find(search, aim, limit)
-            trials += [trial for trial in found.trials if trial not in trials]
-            refined = replace(run, options=replace(run.options, choices={**run.options.choices, **found.choices}))
-            try:
-                return _quantize_once(refined, out, tuple(trials))
-            except OverBudgetError as again:
-                shutil.rmtree(again.work, ignore_errors=True)
-                over = again
-                added = again.report.perplexity_increase_percent - found.increase_percent
-                # At the least a hundredth lower, so that the next search takes another mixture.
-                aim = min(aim, found.increase_percent - abs(limit) / 100)
-    raise QuantizationError(f"{over} after {MAX_ATTEMPTS} attempts; nothing was written. {_BETTER_QUALITY}")
-
-
-def _find(search: BudgetSearch, aim_percent: float, limit_percent: float) -> FoundChoices:
-    """Errors speak of the limit that the user gave, and of what the whole text and path would make of the best."""
-    try:
-        return search.find(aim_percent)
-    except BudgetUnreachableError as error:
-        best = error.best_percent + limit_percent - aim_percent
-        raise BudgetUnreachableError(limit_percent, best, error.num_refined) from error
-
-
-def _search_run(run: _Run, out: Path) -> SearchRun:
-    names = checkpoint_names(read_json(run.source / "config.json"))
-
-    def open_work_of(options: QuantizeOptions) -> AbstractContextManager[WorkDirectory]:
-        # The walk as it was asked for is done already. The others must not be in the way of a result's own.
-        target = out if options == run.options else out.with_name(f"{out.name}.search")
-        return open_work(target, replace(run, options=options).mark, names, options.checkpoint_format)
-
-    windows = [text.windows for text in run.texts.held_out]
-    return SearchRun(run.layers, run.texts.calibration, windows, run.options, open_work_of, run.progress)
 
 
 def peak_memory_bytes() -> int:
@@ -229,9 +174,12 @@ def _refuse_unusable(source: Path, out: Path) -> None:
 
 def _prepare(access: ModelAccess, source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> _Run:
     started = time.monotonic()
-    texts = prepare_texts(access.encoder(source), options)
     layers = access.open(source)
+    names = checkpoint_names(read_json(source / "config.json"))
+    refuse_unfit_options(layers, names, options)
+    texts = prepare_texts(access.encoder(source), options)
     plan = require_room(layers, options, out)
+    refuse_damaged_ends(source, names)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_serving=plan.measures_serving)
     ends = choose_ends(layers, settled)
     return _Run(access, source, hash_directory(source), layers, ends, settled, texts, progress, started)
@@ -357,10 +305,10 @@ def _with_speeds(run: _Run, report: QuantizationReport, directory: Path) -> Quan
     return replace(report, source_speed=before, quantized_speed=after, total_seconds=total_seconds)
 
 
-def _refuse_bad_quality(report: QuantizationReport, work: WorkDirectory) -> None:
+def _refuse_bad_quality(report: QuantizationReport) -> None:
     limit = report.budget_percent
     if limit is not None and not report.perplexity_increase_percent <= limit:
-        raise OverBudgetError(report, limit, work.path)
+        raise OverBudgetError(report, limit)
 
 
 def _manifest(run: _Run, report: QuantizationReport) -> Manifest:

@@ -6,7 +6,7 @@ Apart from `quant.report` so that a server can read it without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -42,8 +42,8 @@ def read_summary(directory: Path) -> ReportSummary | None:
 
 def summary_of(record: Mapping[str, object]) -> ReportSummary:
     """From the JSON file's content. Raises TypeError, ValueError or KeyError where it is not what a report holds."""
-    paths = [cast("Mapping[str, object]", record[name]) for name in ("plain", "served") if record.get(name)]
-    worst = max(paths, key=lambda path: _number(path["perplexity"]))
+    paths = _paths(record)
+    source, worst = max(_worst_of_each_text(record), key=lambda pair: pair[1] / pair[0])
     # Version 1 has no figures over all texts: it had one.
     top1 = _number(record.get("top1_agreement", min(_number(path["top1_agreement"]) for path in paths)))
     mean_kl = _number(record.get("mean_kl", max(_number(path["mean_kl"]) for path in paths)))
@@ -53,11 +53,25 @@ def summary_of(record: Mapping[str, object]) -> ReportSummary:
         f"{record['bits']} bits, group size {record['group_size']}, "
         f"{'symmetric' if record['symmetric'] else 'asymmetric'}, {_number(record['quantized_bytes']) / 1e6:,.0f} MB "
         f"(source {_number(record['source_bytes']) / 1e6:,.0f} MB): "
-        f"perplexity {_number(record['source_perplexity']):.3f} -> {_number(worst['perplexity']):.3f} "
+        f"perplexity {source:.3f} -> {worst:.3f} "
         f"({_number(record['perplexity_increase_percent']):+.2f} %), top-1 agreement {top1:.1%}, "
         f"mean KL {mean_kl:.4f} nats"
     )
     return ReportSummary(line, top1)
+
+
+def _paths(record: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """The result's own, without the baseline; of a report, or of one of its texts."""
+    return [cast("Mapping[str, object]", record[name]) for name in ("plain", "served") if record.get(name)]
+
+
+def _worst_of_each_text(record: Mapping[str, object]) -> Iterator[tuple[float, float]]:
+    """Perplexity of the source and the highest of the result. Version 1 had one text, at the top level."""
+    for text in cast("Sequence[Mapping[str, object]]", record.get("texts") or [record]):
+        source = _number(text["source_perplexity"])
+        if source <= 0:
+            raise ValueError(f"source_perplexity is {source}, expected more than 0")
+        yield source, max(_number(path["perplexity"]) for path in _paths(text))
 
 
 def _number(value: object) -> float:

@@ -111,9 +111,10 @@ def _budget_table(report: QuantizationReport) -> list[str]:
     if not report.budget_trials:
         return [f"At most {report.budget_percent:g} % more perplexity was allowed: kept without refining any linear."]
     return [
-        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first:",
+        f"Search for at most {report.budget_percent:g} % more perplexity, smallest file first. Of each mixture "
+        "that was tried: what all linears weigh, and perplexity on the worse of the texts, with what serving adds:",
         "",
-        "| linears refined | their weights | perplexity |",
+        "| linears refined | all linears | perplexity |",
         "| --: | --: | --: |",
         *(
             f"| {trial.refined} | {_megabytes(trial.weight_bytes)} | {trial.increase_percent:+.2f} % |"
@@ -138,7 +139,7 @@ def _layer_table(layers: Sequence[LayerReport], bits: int, group_size: int) -> l
         for linear in layer.linears:
             unlike = [f"{linear.bits} bits"] if linear.bits != bits else []
             unlike += [f"group {linear.group_size}"] if linear.group_size != group_size else []
-            cells.append(f"{100 * linear.error:.3f}" + (f" ({', '.join(unlike)})" if unlike else ""))
+            cells.append(f"{100 * linear.error:.2g}" + (f" ({', '.join(unlike)})" if unlike else ""))
         lines.append(f"| {layer.index} | {' | '.join(cells)} |")
     return lines
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serving.config import LoadedConfig
+    from serving.config_sources import LoadedConfig
     from serving.models import NamedModel
 
 _SERVE_EXAMPLES = """\
@@ -78,7 +78,8 @@ def serve(argv: Sequence[str]) -> int:
 
 def _read_serve_arguments(argv: Sequence[str]) -> LoadedConfig | None:
     """One flag per setting. None when `--print-config` was all that was asked for."""
-    from serving.config import load_config, settings
+    from serving.config import settings
+    from serving.config_sources import load_config
 
     parser = argparse.ArgumentParser(
         prog="causerie serve",

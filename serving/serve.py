@@ -22,14 +22,8 @@ from typing import TYPE_CHECKING
 
 from quant.errors import CheckpointError
 from quant.progress import BarProgress, LineProgress, ProgressSink
-from serving.config import (
-    DEFAULT_ORIGIN,
-    DirectionConfig,
-    LoadedConfig,
-    ModerationConfig,
-    ServeConfig,
-    is_loopback,
-)
+from serving.config import DirectionConfig, ModerationConfig, ServeConfig
+from serving.config_sources import DEFAULT_ORIGIN, LoadedConfig, is_loopback
 from serving.engine.client import EngineClient
 from serving.engine.wire import EngineSettings
 from serving.gateway.ports import (

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from serving.cli import COMMANDS
-from serving.config import Setting, load_config, settings
+from serving.config import Setting, settings
+from serving.config_sources import load_config
 from serving.models import DEFAULT_MODEL, NAMED_MODELS, NamedModel
 
 pytestmark = pytest.mark.unit

@@ -250,16 +250,26 @@ def _groups(name: str, g_idx: Tensor | None, in_features: int, groups: int) -> t
 
 
 def locate_tensors(directory: Path) -> dict[str, Path]:
-    """Which safetensors file of the directory holds each tensor."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} has no .safetensors file{pickled_hint(directory)}")
+    """Which safetensors file of the directory holds each tensor. Files that no index names, beside a model of the usual
+    name, are other copies of the model or none of its business."""
     file_of_tensor: dict[str, Path] = {}
-    for path in files:
+    for path in _weight_files(directory):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the handle is not iterable
                 file_of_tensor[name] = path
     return file_of_tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = read_json(directory / "model.safetensors.index.json").get("weight_map")
+    if isinstance(index, dict):
+        named = {str(name) for name in cast("dict[str, object]", index).values()}
+        return [path for path in sorted(directory.glob("*.safetensors")) if path.name in named]
+    usual = directory / "model.safetensors"
+    files = [usual] if usual.is_file() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no .safetensors file{pickled_hint(directory)}")
+    return files
 
 
 def read_json(path: Path) -> dict[str, object]:

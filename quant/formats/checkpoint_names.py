@@ -50,6 +50,11 @@ class CheckpointNames:
     prefix: str = ""
     derived: tuple[str, ...] = _DERIVED_EVERYWHERE
 
+    @property
+    def fused(self) -> Mapping[str, tuple[str, ...]]:
+        """The modules on disk that hold several of ours: both names with "{}" for the layer's index."""
+        return {stored: ours for stored, ours in self.modules.items() if len(ours) > 1}
+
     def is_derived(self, stored: str) -> bool:
         return stored.endswith(self.derived)
 

@@ -141,11 +141,12 @@ def write_tensors(path: Path, tensors: Sequence[TensorToWrite], metadata: Mappin
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in ordered:
-            for run in _runs(tensor):
+            for run in runs_of(tensor):
                 file.write(run.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _runs(tensor: TensorToWrite) -> Generator[Tensor]:
+def runs_of(tensor: TensorToWrite) -> Generator[Tensor]:
+    """Its rows one run after the other; ValueError if one is other than announced."""
     num_rows = tensor.shape[0] if tensor.shape else 1
     if not tensor.num_bytes:
         return

@@ -1,7 +1,8 @@
 """Low-rank adapters on live weights: every linear of the engine is base output + delta of each row's adapter.
 
 An adapter is a set of LoRA pairs under the Hugging Face module names ("model.layers.0.self_attn.q_proj"), with the
-scale already in B. Training swaps them between steps with `Engine.set_adapter`.
+scale already in B. Families that store queries, keys and values as one linear have one pair for it: the parts share its
+A, and each has its own rows of B. Training swaps adapters between steps with `Engine.set_adapter`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import CheckpointNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,18 @@ class Adapter:
     pairs: Mapping[str, LoraPair]  # by module name
 
     @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor], version: int, dtype: torch.dtype) -> Adapter:
-        """tensors: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank), scale in B. Copied."""
+    def from_tensors(
+        cls,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        version: int,
+        dtype: torch.dtype,
+        names: CheckpointNames,
+    ) -> Adapter:
+        """tensors: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank), scale in B. Copied.
+
+        names: those of the checkpoint's modules; our own are understood, too.
+        """
         modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
         pairs: dict[str, LoraPair] = {}
         for module in modules:
@@ -42,7 +54,10 @@ class Adapter:
             a, b = (tensors[f"{module}.lora_{end}.weight"].detach().to("cpu", dtype, copy=True) for end in ("A", "B"))
             if a.shape[0] != b.shape[1]:
                 raise CheckpointError(f"adapter {name!r}: {module} has rank {a.shape[0]} in A but {b.shape[1]} in B")
-            pairs[module] = LoraPair(a, b)
+            try:
+                pairs |= {ours: LoraPair(a, rows) for ours, rows in names.split_tensors({module: b}).items()}
+            except CheckpointError as error:
+                raise CheckpointError(f"adapter {name!r}: {module}: {error}") from error
         return cls(name, version, pairs)
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]]) -> None:

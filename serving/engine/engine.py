@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.bitsandbytes_linear import LoadIn
 from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
@@ -44,7 +45,7 @@ from serving.engine.sequence import Sequence as EngineSequence
 from serving.engine.step_cost import StepCost
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
 from serving.model.tokenizer import ModelTokenizer
-from serving.model.weights import load_decoder
+from serving.model.weights import load_decoder, read_config
 
 __all__ = ["Engine", "EngineLimits", "load_engine"]
 
@@ -60,6 +61,7 @@ class Engine:
     prefix_cache: a request does not compute what an earlier one with the same beginning, adapter and salt has left.
     prompt_lookup: sequences guess what comes next from what they have said; see `prompt_lookup.py`.
     int8_kv: keys and values are kept as int8, in about half of the memory. Not for an exact model.
+    names:     of the modules in the checkpoint, which adapters may use; without them, the decoder's own.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Engine:
         prefix_cache: bool = True,
         prompt_lookup: bool = False,
         int8_kv: bool = False,
+        names: CheckpointNames | None = None,
     ) -> None:
         if int8_kv and model.is_exact:
             raise ValueError("an exact model rounds nothing, so its KV cache cannot be int8")
@@ -91,6 +94,7 @@ class Engine:
         self._cache = KVCache(layout, num_blocks)
         self._scheduler = Scheduler(BlockAllocator(num_blocks), self.limits, StepCost.of(model.spec))
         self._sequences: dict[str, list[EngineSequence]] = {}
+        self._names = names or CheckpointNames()
         self._adapters: dict[str, Adapter] = {}
         self._heads: dict[str, Tensor] = {}
         self._has_prefix_cache = prefix_cache
@@ -123,7 +127,7 @@ class Engine:
             raise ValueError(
                 f"adapter {name!r} is at version {loaded.version}; a new one must be higher, got {version}"
             )
-        adapter = Adapter.from_tensors(name, tensors, version, self.model.dtype)
+        adapter = Adapter.from_tensors(name, tensors, version, self.model.dtype, self._names)
         adapter.check_fits(self.model.linear_shapes())
         self._adapters[name] = adapter
 
@@ -455,6 +459,7 @@ def load_engine(
         prefix_cache=prefix_cache,
         prompt_lookup=prompt_lookup,
         int8_kv=int8_kv,
+        names=checkpoint_names(read_config(directory)),
     )
 
 

@@ -76,6 +76,10 @@ class DirectoryLayers:
         return self._spec.vocab_size
 
     @property
+    def max_positions(self) -> int:
+        return self._spec.max_positions
+
+    @property
     def is_tied(self) -> bool:
         return self._spec.tied_embeddings
 

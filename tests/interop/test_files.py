@@ -88,13 +88,17 @@ REFUSALS = {
 }
 TOOLS = {"gptqmodel": "GPTQModel", "vllm": "vLLM (CPU build)"}
 TOLERANCES = {"gptqmodel": GPTQMODEL_TOLERANCE, "vllm": VLLM_TOLERANCE}
+PLAINEST: Mapping[str, object] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 GPTQMODEL_CASES: Mapping[str, Mapping[str, object]] = {
-    "4bit-sym-32": {"bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+    "4bit-sym-32": PLAINEST,
     "4bit-asym-32": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False},
     "8bit-sym-128": {"bits": 8, "group_size": 128, "sym": True, "desc_act": False},
     "4bit-sym-row": {"bits": 4, "group_size": -1, "sym": True, "desc_act": False, "act_group_aware": False},
     "desc-act": {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "act_group_aware": False},
     "version-2": {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "format": "gptq_v2"},
+    "mixed-bits": {**PLAINEST, "dynamic": {r"+:.*\.mlp\..*": {"bits": 8}}},
+    "mixed-groups": {**PLAINEST, "dynamic": {r"+:.*\.down_proj.*": {"group_size": 64}}},
+    "some-left-plain": {**PLAINEST, "dynamic": {r"-:.*\.o_proj.*": {}}},
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from quant.command_line import act_order_warning, format_warning, parse_merge, parse_quantize
+from quant.commands_export import export
 from quant.formats.checkpoint_format import CheckpointFormat
 
 pytestmark = pytest.mark.unit
@@ -131,3 +132,19 @@ def test_merge_takes_base_adapter_and_out(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse_merge(["base", "lora"])
     assert "required: OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5"])
+def test_a_seed_that_no_generator_takes_is_misuse(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_quantize(["model", "out", "--seed", seed])
+    assert "argument --seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"), [("--embedings", "did you mean --embeddings?"), ("--emb", "unknown argument")]
+)
+def test_export_takes_whole_flag_names_only(flag: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export(["model", "out.gguf", flag, "q8_0"])
+    assert answer in capsys.readouterr().err

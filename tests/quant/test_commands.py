@@ -95,6 +95,7 @@ def test_a_limit_that_is_exceeded_exits_with_one_and_leaves_nothing(
     [
         (["--group-size", "64"], "group size 64 does not divide every layer's inputs [64, 96]; these do: 32"),
         (["--samples", "100000"], "need at least"),
+        (["--seq-len", "1025"], "--seq-len 1,025 is longer than the model's context of 1,024 tokens"),
         (["--calibration", "absent.jsonl"], "cannot be read"),
     ],
 )

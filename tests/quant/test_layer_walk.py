@@ -207,6 +207,30 @@ def test_weights_that_are_not_finite_stop_the_run_naming_layer_and_module(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_ends_that_are_not_finite_are_named_before_a_layer_is_quantised(
+    tmp_path: Path, tensor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_walk(*_: object) -> None:
+        raise AssertionError("a layer was quantised")
+
+    monkeypatch.setattr(quantize_directory, "quantize_to_disk", no_walk)
+    source = write_source(tmp_path / "source", tie_word_embeddings=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors[tensor].view(-1)[-1] = float("nan")  # of the last row, which no text here uses
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(QuantizationError, match=rf"^{tensor} holds values that are not finite"):
+        quantize(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_other_safetensors_beside_the_model_are_left_alone(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(64, 64)}, source / "consolidated.safetensors")
+    quantize(source, tmp_path / "out")
+    assert not any(name.startswith("layers.") for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
 def test_activations_that_are_not_finite_stop_the_run_naming_what_they_go_into(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", torch.float32)
     tensors = load_file(source / "model.safetensors")

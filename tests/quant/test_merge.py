@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant import merge
 from quant.errors import CheckpointError
-from quant.merge import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank, merge_adapter, merged_weight
+from quant.formats import tensor_files
+from quant.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LowRank, read_adapter
+from quant.merge import merge_adapter, merged_weight
 from quant.model_directory import read_manifest
 from quant.progress import SilentProgress
 
@@ -98,8 +100,28 @@ def test_result_is_what_peft_merges(tmp_path: Path, changes: dict[str, object]) 
 def test_fan_in_fan_out_turns_the_update_over() -> None:
     update = LowRank(torch.randn(2, 5), torch.randn(3, 2), 0.5)
     weight = torch.randn(3, 5)
-    turned = merged_weight(weight.t(), update, fan_in_fan_out=True)
-    assert torch.equal(turned.t(), merged_weight(weight, update))
+    turned = merged_weight(weight.t(), update.transposed)
+    torch.testing.assert_close(turned.t(), merged_weight(weight, update), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_transposed_weights_is_read_turned_over(pair: tuple[Path, Path]) -> None:
+    _, adapter = pair
+    plain = read_adapter(adapter).updates
+    rewrite_config(adapter, fan_in_fan_out=True)
+    for name, update in read_adapter(adapter).updates.items():
+        assert update.shape == plain[name].shape[::-1]
+
+
+def test_a_merge_by_runs_of_rows_gives_what_one_run_gives(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_adapter(*pair, tmp_path / "whole", SilentProgress())
+    monkeypatch.setattr(tensor_files, "_RUN_BYTES", 1000)  # seven rows of a matrix
+    merge_adapter(*pair, tmp_path / "runs", SilentProgress())
+    whole, runs = merged_tensors(tmp_path / "whole"), merged_tensors(tmp_path / "runs")
+    assert whole.keys() == runs.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(runs[name], tensor, rtol=0, atol=2e-7)
 
 
 def test_half_precision_is_rounded_once() -> None:
@@ -220,6 +242,43 @@ def test_a_quantised_base_and_a_full_out_are_refused(pair: tuple[Path, Path], tm
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     with pytest.raises(CheckpointError, match="merge into the source weights"):
+        merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
+
+
+def write_unprefixed_bloom(base: Path, adapter: Path) -> None:
+    """Names as the hub's BLOOM files have them, beside stale weights in another format; an adapter as peft names it."""
+    base.mkdir()
+    adapter.mkdir()
+    config = {"architectures": ["BloomForCausalLM"], "hidden_size": 8, "n_head": 2}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "pytorch_model.bin").write_bytes(b"stale")
+    stored = {
+        "h.0.self_attention.query_key_value.weight": torch.zeros(24, 8),
+        "word_embeddings.weight": torch.ones(4, 8),
+    }
+    save_file(stored, base / "model.safetensors")
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+
+
+def test_a_base_whose_files_leave_out_the_prefix_is_merged_by_the_adapters_names(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "my-lora"
+    write_unprefixed_bloom(base, adapter)
+    module = "base_model.model.transformer.h.0.self_attention.query_key_value"
+    a, b = torch.ones(2, 8), torch.ones(24, 2)
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, adapter / ADAPTER_WEIGHTS)
+    merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
+    merged = merged_tensors(tmp_path / "out")
+    assert torch.equal(merged["h.0.self_attention.query_key_value.weight"], torch.full((24, 8), 4.0))
+    assert torch.equal(merged["word_embeddings.weight"], torch.ones(4, 8))
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_shared_embeddings_of_another_family_are_not_untied_in_silence(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "my-lora"
+    write_unprefixed_bloom(base, adapter)
+    name = "base_model.model.transformer.word_embeddings.weight"
+    save_file({name: torch.zeros(4, 8)}, adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(CheckpointError, match="shares with its head"):
         merge_adapter(base, adapter, tmp_path / "out", SilentProgress())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from quant.model_directory import (
     publish_directory,
     read_manifest,
     remove_leftovers,
+    remove_leftovers_of,
     write_manifest,
 )
 
@@ -78,6 +80,16 @@ def test_published_directory_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+def test_publication_through_a_link_fills_the_directory_that_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    with publish_directory(tmp_path / "link") as directory:
+        (directory / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+    assert (tmp_path / "disk" / "model" / "config.json").is_file()
+
+
 def test_failed_publication_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
@@ -115,3 +127,11 @@ def test_content_hash_follows_weights_and_not_reports(tmp_path: Path) -> None:
     assert hash_directory(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"weightz")
     assert hash_directory(tmp_path) != before
+
+
+def test_only_what_a_dead_writer_of_this_target_left_is_removed(tmp_path: Path) -> None:
+    dead, alive = 2**22 + 1, os.getpid()  # above the largest process number
+    for name in (f".model.partial-{dead}-ab", f".model.partial-{alive}-ab", f".other.partial-{dead}-ab", "model"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in remove_leftovers_of(tmp_path / "model")] == [f".model.partial-{dead}-ab"]
+    assert len(list(tmp_path.iterdir())) == 3

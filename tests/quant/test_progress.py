@@ -25,6 +25,14 @@ def test_a_log_gets_one_line_when_a_stage_begins_and_one_when_it_ends() -> None:
     assert stream.getvalue() == "quantise ...\nquantise done\n"
 
 
+def test_a_stage_that_is_over_at_once_is_one_line() -> None:
+    stream = io.StringIO()
+    sink = LineProgress(stream)
+    sink.update("trial 1", 0, 2)
+    sink.update("trial 1: +2.41 %", 1, 1)
+    assert stream.getvalue() == "trial 1 ...\ntrial 1: +2.41 %\n"
+
+
 def test_the_bar_takes_stages_one_after_another() -> None:
     with BarProgress() as bar:
         bar.update("first", 1, 2)

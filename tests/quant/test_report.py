@@ -119,7 +119,7 @@ def test_markdown_has_every_text_path_and_cost() -> None:
     assert "| vLLM (CPU build) | no | it takes one width" in text
     assert "| 1 | 61 MB | +7.00 % |" in text
     assert "calibration.jsonl (sha256 cccccccccccc)" in text
-    assert "4.200 (8 bits) |" in text  # layer 2's down_proj
+    assert "4.2 (8 bits) |" in text  # layer 2's down_proj
 
 
 def test_what_was_not_measured_is_not_mentioned() -> None:
@@ -163,6 +163,12 @@ def test_summary_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert summary.top1_agreement == 0.92
 
 
+def test_the_perplexities_of_the_summary_are_those_of_the_text_that_lost_most() -> None:
+    prose = replace(CHAT, source_perplexity=20.0, plain=agreement(22.0, 0.95), served=agreement(21.0, 0.95))
+    assert "perplexity 10.000 -> 10.700 (+7.00 %)" in REPORT.summary
+    assert "perplexity 20.000 -> 22.000 (+10.00 %)" in replace(REPORT, texts=(WEB, prose)).summary
+
+
 def test_summary_of_an_older_report_is_read(tmp_path: Path) -> None:
     (tmp_path / REPORT_JSON).write_text(json.dumps(VERSION_1))
     summary = read_summary(tmp_path)
@@ -187,6 +193,8 @@ def test_a_directory_without_a_report_has_no_summary(tmp_path: Path) -> None:
         json.dumps({**VERSION_1, "served": None, "plain": None}),
         json.dumps({**VERSION_1, "top1_agreement": 97.0}),
         json.dumps({**VERSION_1, "source_perplexity": "low"}),
+        json.dumps({**VERSION_1, "source_perplexity": 0}),
+        json.dumps({**VERSION_1, "texts": "two"}),
     ],
 )
 def test_a_report_that_is_none_is_an_error_with_what_to_do(tmp_path: Path, content: str) -> None:

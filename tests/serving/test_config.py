@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.config import ConfigError, DirectionConfig, LoadedConfig, ServeConfig, load_config, settings
+from serving.config import ConfigError, DirectionConfig, ServeConfig, settings
+from serving.config_sources import LoadedConfig, load_config
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,8 @@ from moderation.policy import Sensitivity
 from quant.errors import CheckpointError
 from quant.model_directory import Manifest, write_manifest
 from serving import models
-from serving.config import DirectionConfig, ModerationConfig, load_config
+from serving.config import DirectionConfig, ModerationConfig
+from serving.config_sources import load_config
 from serving.model_sources import SourceUnavailableError
 from serving.models import DEFAULT_MODEL, RELEASED_MODEL
 from serving.serve import model_to_serve, moderation_rules

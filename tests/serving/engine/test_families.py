@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from quant.errors import CheckpointError
+from quant.formats.checkpoint_names import checkpoint_names
 from quant.int4_linear import relative_error
 from quant.native.library import load_library
 from serving.engine.batch import build_batch
@@ -16,12 +19,12 @@ from serving.engine.kv_blocks import KVCache, KVLayout
 from serving.engine.logits import serving_logits
 from serving.engine.native_step import why_no_native_step
 from serving.engine.prepare import PreparedModel, prepare
-from serving.engine.requests import ScoreRequest
+from serving.engine.requests import ScoreEvent, ScoreRequest
 from serving.engine.runner import run_chunks
 from serving.engine.scheduler import Chunk
 from serving.engine.sequence import Sequence
 from serving.model.spec import DecoderSpec
-from serving.model.weights import load_decoder
+from serving.model.weights import load_decoder, read_config
 from tests.serving.engine.engines import engine_of, generate, reused, run, tokens
 from tests.serving.engine.tiny import BLOOM_SPEC, NEOX_SPEC, make_decoder, prompt_of, quantized_decoder
 from tests.serving.model.checkpoints import build_model, random_ids, save_model
@@ -99,6 +102,48 @@ def sequence_of(ids: list[int], first_block: int) -> Sequence:
     """With its blocks in descending order, so that they are no run."""
     blocks = [first_block + 3 - index for index in range(3)]
     return Sequence(ScoreRequest(request_id=str(first_block), ids=ids), first_block, 0, ids, len(ids), blocks=blocks)
+
+
+def random_lora(reference: nn.Module, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """By the modules' names in transformers, of rank 3, the scale in B."""
+    torch.manual_seed(5)
+    tensors: dict[str, Tensor] = {}
+    for name, module in reference.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(ends):
+            tensors[f"{name}.lora_A.weight"] = torch.randn(3, module.in_features) * 0.3
+            tensors[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 3) * 0.3
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neox", "palm"])
+def test_an_adapter_by_the_checkpoints_names_gives_the_logits_of_the_merged_model(name: str, tmp_path: Path) -> None:
+    reference, ids = build_model(name), random_ids(batch=1)[0].tolist()
+    save_model(reference, tmp_path)
+    tensors = random_lora(reference, ("query_key_value", ".dense", "h_to_4h", "q_proj", "v_proj"))
+    names = checkpoint_names(read_config(tmp_path))
+    model = prepare(load_decoder(tmp_path), exact=True)
+    engine = Engine(model, kv_bytes=1 << 20, tokenizer=None, names=names)
+    engine.set_adapter("tuned", tensors, version=1)
+    engine.submit(ScoreRequest(request_id="tuned", ids=ids, adapter="tuned"))
+    (event,) = [event for event in run(engine) if isinstance(event, ScoreEvent)]
+
+    with torch.no_grad():
+        for module in {key.rpartition(".lora_")[0] for key in tensors}:
+            delta = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+            reference.get_submodule(module).weight.add_(delta)  # type: ignore[operator]
+        logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[place, ids[place + 1]]) for place in range(len(ids) - 1)]
+    assert [found.logprob for found in event.logprobs] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_pair_that_cannot_be_split_is_refused_by_its_name(tmp_path: Path) -> None:
+    save_model(build_model("bloom"), tmp_path)
+    names = checkpoint_names(read_config(tmp_path))
+    engine = Engine(prepare(load_decoder(tmp_path), exact=True), kv_bytes=1 << 20, tokenizer=None, names=names)
+    module = "transformer.h.0.self_attention.query_key_value"
+    tensors = {f"{module}.lora_A.weight": torch.zeros(2, 48), f"{module}.lora_B.weight": torch.zeros(47, 2)}
+    with pytest.raises(CheckpointError, match=rf"adapter 'odd': {module}: a fused linear has 47 rows"):
+        engine.set_adapter("odd", tensors, version=1)
 
 
 @each_family

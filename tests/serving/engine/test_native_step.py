@@ -19,7 +19,7 @@ from quant.native.linear import NativeLinear
 from quant.native.packing import CMatrix
 from serving.engine import native_step
 from serving.engine.engine import Engine, EngineLimits
-from serving.engine.kv_blocks import KVCache, KVLayout
+from serving.engine.kv_blocks import KVCache, KVLayout, blocks_for
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import PreparedModel, prepare, prepare_live
 from serving.engine.requests import GenerateRequest, SamplingParams, ScoreRequest, TokenEvent
@@ -144,6 +144,35 @@ def test_both_paths_read_what_the_other_one_cached(is_native_first: bool, *, int
             cache._scales[:, :, 0] *= 1.5  # of keys: the tolerance notices
             found = model.head(run_chunks(second, cache, [Chunk(sequence, 70, 30)]))
             assert relative_error(found, expected) > TOLERANCE
+
+
+def logits_over(cache: KVCache, model: PreparedModel, ids: list[int], chunk_tokens: int, first_block: int) -> Tensor:
+    """Logits (tokens, vocabulary) of `ids`, kept in the blocks from `first_block` on."""
+    blocks = list(range(first_block, first_block + blocks_for(len(ids))))
+    sequence = Sequence(ScoreRequest(request_id="a", ids=ids), first_block, 0, ids, len(ids), blocks=blocks)
+    starts = range(0, len(ids), chunk_tokens)
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                model.head(run_chunks(model, cache, [Chunk(sequence, start, min(chunk_tokens, len(ids) - start))]))
+                for start in starts
+            ]
+        )
+
+
+@both_caches
+@pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS.keys())
+def test_slots_behind_a_context_may_hold_what_is_no_number(spec: DecoderSpec, *, int8_kv: bool) -> None:
+    """One row (packed in parts), few rows (split by chunks) and many, each ending within a block and within a pair."""
+    model = prepare(quantized_decoder(spec), exact=False)
+    assert model.native is not None
+    layout = KVLayout.of(model.spec, model.dtype, is_int8=int8_kv)
+    for length, chunk_tokens in ((7, 1), (21, 5), (150, 50), (139, 139)):
+        ids, blocks = prompt_of(length), blocks_for(length) + 2
+        clean, poisoned = KVCache(layout, blocks), KVCache(layout, blocks)
+        (poisoned._data if poisoned._scales is None else poisoned._scales).fill_(float("nan"))
+        expected = logits_over(clean, model, ids, chunk_tokens, 1)
+        assert torch.equal(logits_over(poisoned, model, ids, chunk_tokens, 1), expected), (length, chunk_tokens)
 
 
 @pytest.mark.parametrize(
