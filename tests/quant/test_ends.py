@@ -52,14 +52,9 @@ def short_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantize(
-    source: Path,
-    out: Path,
-    *,
-    head: int | None,
-    embeddings: int | None,
-    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+    source: Path, out: Path, *, head: int | None, embeddings: int | None, **changes: object
 ) -> QuantizationReport:
-    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings, checkpoint_format=checkpoint_format)
+    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings, **changes)  # type: ignore[arg-type]
     return quantize_with(TinyAccess(serves=False), source, out, options, SilentProgress())
 
 
@@ -211,6 +206,21 @@ def test_perplexity_is_measured_with_the_quantised_ends_and_so_is_the_baseline(t
     assert plain.round_to_nearest is not None
     assert ends.round_to_nearest is not None
     assert ends.round_to_nearest.mean_kl > 1.2 * plain.round_to_nearest.mean_kl
+
+
+def test_a_perplexity_budget_leaves_the_ends_as_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 512)
+    source = write_source(tmp_path / "source")
+    more: dict[str, object] = {"head": 8, "embeddings": 8, "samples": 8, "measures_prose": True}
+    four = quantize(source, tmp_path / "four", **more)  # type: ignore[arg-type]
+    limit = four.perplexity_increase_percent / 2
+    report = quantize(source, tmp_path / "out", **more, max_perplexity_increase=limit)  # type: ignore[arg-type]
+    assert report.perplexity_increase_percent <= limit < four.perplexity_increase_percent
+    assert {linear.bits for layer in report.layers for linear in layer.linears} == {4, 8}
+    tables = [DirectoryLayers(tmp_path / name).table(EMBEDDINGS).rows(0, 128) for name in ("out", "four")]
+    assert torch.equal(*tables)
 
 
 def test_report_names_the_ends_and_who_cannot_load_them(tmp_path: Path) -> None:
