@@ -27,6 +27,9 @@ EMBEDDINGS: Final = "model.embed_tokens"
 HEAD: Final = "lm_head"
 # With fewer rows, inverting the Hessian anew for each run would be most of the work.
 FEWEST_ROWS: Final = 2048
+# What a tied table's own values weigh beside its logits. In 4 bits it costs SmolLM2-135M about 3.5 % of perplexity
+# with this share, 4.1 % with none, and 15 % where values alone count.
+LOOKUP_SHARE: Final = 0.1
 _PARTS: Final = ("codes", "scales", "zeros")
 
 
@@ -59,6 +62,16 @@ def rows_of_run(outline: nn.Module, hidden: int) -> int:
     """Rows of a table to quantise at a time: about as many weights as a layer's largest linear, no more memory."""
     largest = max(module.weight.numel() for module in outline.modules() if isinstance(module, nn.Linear))
     return max(FEWEST_ROWS, largest // hidden)
+
+
+def count_lookups(hessian: Tensor) -> Tensor:
+    """The Hessian of a tied table: that of the head, and a share of its mean diagonal for each value looked up.
+
+    Without it an input that the head does not see would count for nothing, and be lost to the embeddings.
+    hessian: (hidden, hidden) float32, changed in place and returned
+    """
+    hessian.diagonal().add_(LOOKUP_SHARE * float(hessian.diagonal().mean()))
+    return hessian
 
 
 def quantize_table(

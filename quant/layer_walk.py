@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant.ends import EMBEDDINGS, HEAD, quantize_table, rows_of_run
+from quant.ends import EMBEDDINGS, HEAD, count_lookups, quantize_table, rows_of_run
 from quant.errors import QuantizationError
 from quant.formats.autogptq import locate_tensors
 from quant.formats.checkpoint_names import CheckpointNames
@@ -139,7 +139,8 @@ def _settle_last_end(
 ) -> None:
     name = EMBEDDINGS if source.is_tied else HEAD
     if name in ends and not work.has_end(name):
-        _settle_end(source, name, walk.hessian_after(source.final_norm), options, ends, work)
+        hessian = walk.hessian_after(source.final_norm)
+        _settle_end(source, name, count_lookups(hessian) if source.is_tied else hessian, options, ends, work)
 
 
 def _settle_end(

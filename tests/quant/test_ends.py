@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant import layer_walk, texts
-from quant.ends import EMBEDDINGS, HEAD, choose_ends, quantize_table, round_table
+from quant.ends import EMBEDDINGS, HEAD, choose_ends, count_lookups, quantize_table, round_table
 from quant.errors import CheckpointError, QuantizationError
 from quant.formats.autogptq import open_packed, pack_linear, parse_settings
 from quant.formats.autogptq_check import stored_weight
@@ -54,14 +54,9 @@ def short_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantize(
-    source: Path,
-    out: Path,
-    *,
-    head: int | None,
-    embeddings: int | None,
-    checkpoint_format: CheckpointFormat = CheckpointFormat.V1,
+    source: Path, out: Path, *, head: int | None, embeddings: int | None, **changes: object
 ) -> QuantizationReport:
-    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings, checkpoint_format=checkpoint_format)
+    options = replace(OPTIONS, head_bits=head, embedding_bits=embeddings, **changes)  # type: ignore[arg-type]
     return quantize_with(TinyAccess(serves=False), source, out, options, SilentProgress())
 
 
@@ -140,6 +135,18 @@ def test_gptq_beats_rounding_for_logits_and_for_the_values_of_embeddings() -> No
     assert report.error == pytest.approx(error(values.dequantize(), torch.eye(64)), rel=1e-4)
 
 
+def test_what_only_a_lookup_sees_of_a_tied_table_is_kept() -> None:
+    weight = torch.randn((128, 64), generator=torch.Generator().manual_seed(3))
+    inputs = torch.randn((512, 64), generator=torch.Generator().manual_seed(4))
+    inputs[:, 5] = 0.0
+    options = GptqOptions(bits=4, group_size=32)
+    hessian = inputs.t() @ inputs / 512
+    head, _ = quantize_table("lm_head", HeldTable(weight), hessian, options, run_rows=64)
+    tied, _ = quantize_table("model.embed_tokens", HeldTable(weight), count_lookups(hessian), options, run_rows=64)
+    assert not head.dequantize()[:, 5].any()
+    assert float((tied.dequantize() - weight)[:, 5].norm() / weight[:, 5].norm()) < 0.15
+
+
 def test_rows_of_a_packed_table_are_those_of_the_whole() -> None:
     weight = torch.randn((96, 64), generator=torch.Generator().manual_seed(2))
     matrix = round_to_nearest(weight, GptqOptions(bits=4, group_size=32))
@@ -201,6 +208,21 @@ def test_perplexity_is_measured_with_the_quantised_ends_and_so_is_the_baseline(t
     assert plain.round_to_nearest is not None
     assert ends.round_to_nearest is not None
     assert ends.round_to_nearest.mean_kl > 1.2 * plain.round_to_nearest.mean_kl
+
+
+def test_a_perplexity_budget_leaves_the_ends_as_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 512)
+    source = write_source(tmp_path / "source")
+    more: dict[str, object] = {"head": 8, "embeddings": 8, "samples": 8, "measures_prose": True}
+    four = quantize(source, tmp_path / "four", **more)  # type: ignore[arg-type]
+    limit = four.perplexity_increase_percent / 2
+    report = quantize(source, tmp_path / "out", **more, max_perplexity_increase=limit)  # type: ignore[arg-type]
+    assert report.perplexity_increase_percent <= limit < four.perplexity_increase_percent
+    assert {linear.bits for layer in report.layers for linear in layer.linears} == {4, 8}
+    tables = [DirectoryLayers(tmp_path / name).table(EMBEDDINGS).rows(0, 128) for name in ("out", "four")]
+    assert torch.equal(*tables)
 
 
 def test_report_names_the_ends_and_who_cannot_load_them(tmp_path: Path) -> None:
