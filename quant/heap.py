@@ -15,15 +15,17 @@ _USUAL_BYTES: Final = 32 * 2**20
 
 @contextlib.contextmanager
 def large_blocks_given_back() -> Generator[None]:
-    """Within the block, tensors from 4 MB on lie in maps of their own, which vanish with them.
+    """What is free now goes back; within the block, tensors from 4 MB on lie in maps of their own and vanish with them.
 
     On glibc's heap, aligned blocks of 5 to 32 MB that come and go beside small ones that stay do not fit into their own
     gaps: comparing the logits of a window after another grew to ten times what is alive. Elsewhere nothing changes.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is None:
+    library = ctypes.CDLL(None)
+    set_option, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if set_option is None or trim is None:
         yield
         return
+    trim(0)
     set_option(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     try:
         yield

@@ -29,6 +29,7 @@ from quant.formats.autogptq import read_json
 from quant.formats.autogptq_writer import write_checkpoint
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
+from quant.heap import large_blocks_given_back
 from quant.layer_files import WorkDirectory, fingerprint, full_disk_named, open_work, other_works
 from quant.layer_source import LayerSource
 from quant.layer_walk import quantize_to_disk, refuse_damaged_ends, refuse_unfit_options, settle_group_size
@@ -258,8 +259,10 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     windows = torch.cat([text.windows for text in run.texts.held_out])
     stage = "Measuring source and result"
     result = run.access.open(directory)
-    paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
-    served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
+    # What the walk has freed would count beside what measuring takes.
+    with large_blocks_given_back():
+        paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
+        served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
     return compare_texts(run.texts.held_out, paths, served, run.progress)
 
 
