@@ -21,17 +21,17 @@ from pathlib import Path
 
 import torch
 
-from quant.budget import Refinement, order_refinements, weight_bytes
-from quant.budget_search import BudgetSearch, KnownLosses, SearchRun, Walked, carry_texts, units_of
+from quant.budget.order import Refinement, order_refinements, weight_bytes
+from quant.budget.search import BudgetSearch, KnownLosses, SearchRun, Walked, carry_texts, units_of
 from quant.commands import ServingAccess
 from quant.formats.autogptq import read_json
 from quant.formats.checkpoint_names import checkpoint_names
-from quant.gptq import GptqOptions
-from quant.layer_files import WorkDirectory
-from quant.layer_walk import quantize_to_disk, settle_group_size
+from quant.method.gptq import GptqOptions
 from quant.options import QuantizeOptions
 from quant.progress import LineProgress
-from quant.texts import prepare_texts
+from quant.run.texts import prepare_texts
+from quant.walk.layer_files import WorkDirectory
+from quant.walk.layer_walk import quantize_to_disk, settle_group_size
 
 SAMPLES, QUICK_SAMPLES = 128, 16
 QUICK_WINDOWS = 4

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_out_windows
 from quant.commands import ServingAccess
-from quant.export import Embeddings, export_gguf
+from quant.convert.export import Embeddings, export_gguf
 from quant.formats.gguf_blocks import BLOCK
 from quant.int4_linear import QuantizedLinear
 from quant.progress import SilentProgress
+from quant.run.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_out_windows
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import prepare
 from serving.model.chat_template import find_template

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from quant.progress import LineProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant.measure import Agreement
+    from quant.report.measure import Agreement, RowLogits
     from serving.engine.prepare import PreparedModel
 
 # (streams, tokens of context)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(directory: Path, threads: int, window: int, max_tokens: int) -> Costs:
     import torch
 
-    from quant.measure import compare
+    from quant.report.measure import compare
     from serving.engine.kv_blocks import BLOCK_SIZE, KVLayout
     from serving.engine.logits import serving_logits
     from serving.engine.prepare import prepare
@@ -77,12 +77,16 @@ def measure(directory: Path, threads: int, window: int, max_tokens: int) -> Cost
     model = prepare(load_decoder(directory, dtype=torch.bfloat16), exact=False)
     windows = held_out(directory, window, max_tokens)
 
-    def logits(index: int, *, int8_kv: bool) -> Tensor:
-        return serving_logits(model, windows[index], int8_kv=int8_kv)
+    def rows_of(*, int8_kv: bool) -> RowLogits:
+        # A window is computed whole, once: `compare` asks for all of its rows before it goes on to the next.
+        @lru_cache(maxsize=1)
+        def whole(index: int) -> Tensor:
+            return serving_logits(model, windows[index], int8_kv=int8_kv)
 
-    perplexity, (int8,) = compare(
-        windows, partial(logits, int8_kv=False), [partial(logits, int8_kv=True)], LineProgress(sys.stderr), "Measuring"
-    )
+        return lambda index, rows: whole(index)[rows].clone()
+
+    progress = LineProgress(sys.stderr)
+    perplexity, (int8,) = compare(windows, rows_of(int8_kv=False), [rows_of(int8_kv=True)], progress, "Measuring")
     token_bytes = [
         KVLayout.of(model.spec, model.dtype, is_int8=is_int8).block_bytes / BLOCK_SIZE for is_int8 in (False, True)
     ]
@@ -101,8 +105,8 @@ def print_speed(model: PreparedModel, num_steps: int, *, is_cpu_time: bool) -> N
 
 def held_out(directory: Path, window: int, max_tokens: int) -> Tensor:
     """(windows, window) ids: the text and, with the defaults, the windows of the quantisation report."""
-    from quant.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_out_windows
     from quant.commands import ServingAccess
+    from quant.run.calibration import BUNDLED_HELD_OUT, bundled_rows, encode_rows, held_out_windows
 
     ids = encode_rows(bundled_rows(BUNDLED_HELD_OUT), ServingAccess().encoder(directory))
     return held_out_windows(ids, window, max_tokens)

@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.own_cost import newest_prepared
-from quant.calibration import BUNDLED_HELD_OUT, bundled_rows
+from quant.run.calibration import BUNDLED_HELD_OUT, bundled_rows
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan_only(shape: Shape, samples: int, seq_len: int, folder: Path) -> dict[str, float]:
     """Prints the plan as `causerie quantize --plan` does."""
     from quant.options import QuantizeOptions
-    from quant.plan import plan_run
+    from quant.run.plan import plan_run
     from serving.model.layer_source import DirectoryLayers
 
     write_hollow_checkpoint(folder / "source", shape)
@@ -218,12 +218,12 @@ def _work(source: Path, out: Path, samples: int, seq_len: int) -> int:
     """Quantise and print one line of JSON."""
     from collections.abc import Sequence as Ids
 
-    from quant.calibration import Encoder, Row
     from quant.commands import ServingAccess
     from quant.options import QuantizeOptions
-    from quant.plan import plan_run
     from quant.progress import LineProgress
-    from quant.quantize_directory import peak_memory_bytes, quantize_with
+    from quant.run.calibration import Encoder, Row
+    from quant.run.plan import plan_run
+    from quant.run.quantize_directory import peak_memory_bytes, quantize_with
 
     class BytesAccess(ServingAccess):
         """A random model has no tokenizer: bytes are as good."""

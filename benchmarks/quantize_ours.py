@@ -27,11 +27,11 @@ def main(argv: list[str]) -> None:
     from quant.formats.autogptq_writer import write_checkpoint
     from quant.formats.checkpoint_format import CheckpointFormat
     from quant.formats.checkpoint_names import checkpoint_names
-    from quant.gptq import ActOrder, GptqOptions
-    from quant.layer_files import WorkDirectory
-    from quant.layer_walk import quantize_to_disk
+    from quant.method.gptq import ActOrder, GptqOptions
     from quant.options import LinearChoice
     from quant.progress import LineProgress
+    from quant.walk.layer_files import WorkDirectory
+    from quant.walk.layer_walk import quantize_to_disk
 
     task = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     torch.set_num_threads(task["threads"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quant.formats.checkpoint_format import CheckpointFormat
-from quant.loaders import WrittenFormat, refusing_tools
+from quant.report.loaders import WrittenFormat, refusing_tools
 
 DESCRIPTION = """\
 Quantise a model's linears to 4 (or 8) bits with GPTQ and write a directory that `causerie serve --model OUT` and other

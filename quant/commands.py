@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quant.calibration import Encoder, Row
-    from quant.layer_source import LayerSource
-    from quant.measure import RowLogits
-    from quant.plan import Plan
     from quant.progress import ProgressSink
-    from quant.quantize_directory import QuantizeOptions
-    from quant.report import DecodeSpeed, QuantizationReport
-    from quant.texts import RunTexts
+    from quant.report.measure import RowLogits
+    from quant.report.quantization_report import DecodeSpeed, QuantizationReport
+    from quant.run.calibration import Encoder, Row
+    from quant.run.plan import Plan
+    from quant.run.quantize_directory import QuantizeOptions
+    from quant.run.texts import RunTexts
+    from quant.walk.layer_source import LayerSource
 
 
 def quantize(argv: Sequence[str]) -> int:
@@ -43,10 +43,10 @@ def quantize(argv: Sequence[str]) -> int:
         if warning is not None:
             print(f"causerie: warning: {warning}", file=sys.stderr)
 
+    from quant.convert.merge import merged_for_a_while
     from quant.errors import QuantizationError
-    from quant.merge import merged_for_a_while
-    from quant.quantize_directory import quantize_with
-    from quant.refusals import refuse_used_name
+    from quant.run.quantize_directory import quantize_with
+    from quant.run.refusals import refuse_used_name
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
@@ -72,13 +72,13 @@ def _look_ahead(
     access: ServingAccess, source: Path, arguments: argparse.Namespace, options: QuantizeOptions
 ) -> tuple[RunTexts, Plan]:
     """Everything that can be refused before the first layer, but for room: that is in the plan, to be printed first."""
+    from quant.convert.merge import fit_adapter
     from quant.formats.autogptq import read_json
     from quant.formats.checkpoint_names import checkpoint_names
-    from quant.layer_walk import refuse_unfit_options
-    from quant.merge import fit_adapter
-    from quant.plan import plan_run
-    from quant.refusals import refuse_unusable_source
-    from quant.texts import prepare_texts
+    from quant.run.plan import plan_run
+    from quant.run.refusals import refuse_unusable_source
+    from quant.run.texts import prepare_texts
+    from quant.walk.layer_walk import refuse_unfit_options
 
     refuse_unusable_source(source)
     if arguments.adapter is not None:
@@ -93,7 +93,7 @@ def merge(argv: Sequence[str]) -> int:
     """`causerie merge BASE ADAPTER OUT`: prints where it is; raises CheckpointError with one line."""
     arguments = parse_merge(argv)
 
-    from quant.merge import merge_adapter
+    from quant.convert.merge import merge_adapter
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
@@ -105,8 +105,8 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> QuantizeOptions:
-    from quant.gptq import ActOrder, GptqOptions
-    from quant.quantize_directory import QuantizeOptions
+    from quant.method.gptq import ActOrder, GptqOptions
+    from quant.run.quantize_directory import QuantizeOptions
 
     return QuantizeOptions(
         gptq=GptqOptions(
@@ -131,13 +131,13 @@ def _options(arguments: argparse.Namespace) -> QuantizeOptions:
 
 def quantize_directory(source: Path, out: Path, options: QuantizeOptions, progress: ProgressSink) -> QuantizationReport:
     """Quantise the model directory `source` into the new directory `out`, measured also on the path that serves."""
-    from quant.quantize_directory import quantize_with
+    from quant.run.quantize_directory import quantize_with
 
     return quantize_with(ServingAccess(), source, out, options, progress)
 
 
 class ServingAccess:
-    """`quant.quantize_directory.ModelAccess` by means of the `serving` package."""
+    """`quant.run.quantize_directory.ModelAccess` by means of the `serving` package."""
 
     def open(self, directory: Path) -> LayerSource:
         from serving.model.layer_source import DirectoryLayers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quant.command_line import new_parser
 
 if TYPE_CHECKING:
-    from quant.export import ExportReport
+    from quant.convert.export import ExportReport
 
 DESCRIPTION = """\
 Write a model as one GGUF file for llama.cpp and Ollama. GPTQ codes are moved, not rounded again: symmetric 4 bits
@@ -31,7 +31,7 @@ def export(argv: Sequence[str]) -> int:
     """`causerie export MODEL OUT.gguf`: prints a summary; raises CheckpointError with one line."""
     arguments = _parse(argv)
 
-    from quant.export import Embeddings, export_gguf
+    from quant.convert.export import Embeddings, export_gguf
     from quant.progress import LineProgress
     from serving.model.chat_template import find_template
     from serving.model.weights import load_spec

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantizationError
-from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
+from quant.method.matrix import SHUFFLED_GROUPS, QuantizedMatrix
 from quant.native.large_pages import LargePages
 from quant.native.linear import NativeLinear, is_native_right, why_not_native
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quant.formats.checkpoint_format import CheckpointFormat
-from quant.gptq import GptqOptions
+from quant.method.gptq import GptqOptions
 from quant.model_directory import Parent
 
 

@@ -45,7 +45,7 @@ class PackageSource:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRecipe:
-    """How the cached 4-bit model is made from the source; `quant.gptq.GptqOptions` without its import of torch.
+    """How the cached 4-bit model is made from the source; `quant.method.gptq.GptqOptions` without its import of torch.
 
     `group_size` None is the largest of 128, 64, 32 that divides every layer's inputs. `eight_bit` names linears that
     get 8 bits in every layer. `act_order` is the static one.

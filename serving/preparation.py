@@ -155,8 +155,8 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
 
 def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: ProgressSink) -> None:
     from quant.commands import quantize_directory
-    from quant.gptq import ActOrder, GptqOptions
-    from quant.quantize_directory import QuantizeOptions
+    from quant.method.gptq import ActOrder, GptqOptions
+    from quant.run.quantize_directory import QuantizeOptions
 
     options = GptqOptions(
         bits=recipe.bits,

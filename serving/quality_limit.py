@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quant.errors import CheckpointError
-from quant.report_summary import REPORT_JSON, read_summary
+from quant.report.summary import REPORT_JSON, read_summary
 
 __all__ = ["check_quality"]
 

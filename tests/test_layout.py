@@ -33,6 +33,8 @@ LAYER_OF_MODULE = {
     "serving.commands": "composition",
     "serving.cli": "composition",
 }
+# Inside quant, from the bottom up. What lies outside these folders serves them all, and is not held to an order.
+QUANT_LAYERS = ("method", "formats", "walk", "report", "budget", "run")
 # The composition root mounts the page; a package's commands.py and commands_*.py may reach anywhere, inside functions.
 PAGE_MOUNTED_BY = "serving.serve"
 
@@ -109,12 +111,26 @@ def climbs_in_serving(found: Import) -> bool:
     return both_serving and serving_layer(found.imported) > serving_layer(found.module)
 
 
+def quant_layer(name: str) -> int | None:
+    parts = name.split(".")
+    return QUANT_LAYERS.index(parts[1]) if parts[0] == "quant" and parts[1:2] and parts[1] in QUANT_LAYERS else None
+
+
+def climbs_in_quant(found: Import) -> bool:
+    above, below = quant_layer(found.imported), quant_layer(found.module)
+    return above is not None and below is not None and above > below
+
+
 def test_packages_import_only_what_lies_below_them() -> None:
     assert [str(found) for found in all_imports() if is_ours(found) and crosses_packages_wrongly(found)] == []
 
 
 def test_serving_imports_from_base_to_composition_only() -> None:
     assert [str(found) for found in all_imports() if climbs_in_serving(found)] == []
+
+
+def test_quant_imports_from_method_to_run_only() -> None:
+    assert [str(found) for found in all_imports() if climbs_in_quant(found)] == []
 
 
 def test_engine_and_model_know_no_moderation() -> None:
@@ -150,7 +166,7 @@ def test_no_module_of_the_product_executes_pickles_or_remote_code() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "is_refused"),
     [
-        ("quant.matrix", "from serving.model import weights", True),
+        ("quant.method.matrix", "from serving.model import weights", True),
         ("quant.commands", "from serving.model import weights", True),
         ("quant.commands", "def run():\n    from serving.model import weights", False),
         ("quant.commands_export", "from serving.model import weights", True),

@@ -23,8 +23,8 @@ from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.formats.safetensors_header import check_safetensors
-from quant.matrix import QuantizedMatrix
-from quant.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
+from quant.method.matrix import QuantizedMatrix
+from quant.method.packing import PACKABLE_BITS, WORD_BITS, codes_per_word, pack_columns, pack_rows, unpack_columns
 
 PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"

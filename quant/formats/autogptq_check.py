@@ -1,7 +1,7 @@
 """Reads packed linears a second time, in numpy and from the format's description alone.
 
-Shares no code with `quant.packing` and `quant.formats.autogptq`, so that a mistake there cannot hide itself: what is
-published is what this module understands of the written file.
+Shares no code with `quant.method.packing` and `quant.formats.autogptq`, so that a mistake there cannot hide itself:
+what is published is what this module understands of the written file.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from quant.formats.autogptq import QUANTIZE_CONFIG_FILE, locate_tensors, pack_gr
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.tensor_files import TensorFile, TensorToWrite, as_stored, held, write_tensors
-from quant.gptq import ActOrder, GptqOptions
-from quant.matrix import QuantizedMatrix
+from quant.method.gptq import ActOrder, GptqOptions
+from quant.method.matrix import QuantizedMatrix
+from quant.method.packing import codes_per_word, pack_rows
 from quant.options import LinearChoice
-from quant.packing import codes_per_word, pack_rows
 
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import CheckpointError
-from quant.matrix import QuantizedMatrix, have_equal_groups
+from quant.method.matrix import QuantizedMatrix, have_equal_groups
 
 T = TypeVar("T")
 

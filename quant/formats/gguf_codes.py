@@ -1,7 +1,7 @@
 """The codes in a GGUF file as GPTQ matrices, so that a model quantised to 4 or 8 bits is not rounded a second time.
 
-The way back of `quant.export`: Q4_0 and Q8_0 are GPTQ codes bit for bit; Q4_1 is where every minimum is a whole number
-of steps below zero, as in files that were GPTQ before. What a whole file makes is up to `gguf_conversion`.
+The way back of `quant.convert.export`: Q4_0 and Q8_0 are GPTQ codes bit for bit; Q4_1 is where every minimum is a whole
+number of steps below zero, as in files that were GPTQ before. What a whole file makes is up to `gguf_conversion`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from quant.formats.gguf import GgufFile, TensorInfo, half_numbers, nibbles
 from quant.formats.gguf_blocks import BLOCK, Q4_0_ZERO, Q8_0_ZERO
-from quant.matrix import QuantizedMatrix
-from quant.packing import codes_per_word
+from quant.method.matrix import QuantizedMatrix
+from quant.method.packing import codes_per_word
 
 Bytes: TypeAlias = "NDArray[np.uint8]"
 Floats: TypeAlias = "NDArray[np.float32]"

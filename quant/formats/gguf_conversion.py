@@ -24,7 +24,7 @@ from quant.formats.gguf_codes import holds_gptq_codes, layer_linears, read_matri
 from quant.formats.gguf_families import ROPE_FACTORS, GgufFamily, family_of_gguf, llama3_rope_factors
 from quant.formats.gguf_metadata import GgufMetadata
 from quant.formats.gguf_tokenizer import read_special_ids, read_tokenizer, read_tokenizer_config
-from quant.gptq import GptqOptions
+from quant.method.gptq import GptqOptions
 from quant.options import LinearChoice
 
 Json: TypeAlias = "dict[str, object]"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.matrix import QuantizedMatrix
+from quant.method.matrix import QuantizedMatrix
 from quant.native.library import load_library
 
 __all__ = ["MAX_RELATIVE_ERROR", "LevelledMatrix", "find_levels", "search_levels_plainly"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
-from quant.matrix import SHUFFLED_GROUPS, QuantizedMatrix
+from quant.method.matrix import SHUFFLED_GROUPS, QuantizedMatrix
 from quant.native.large_pages import LargePages
 from quant.native.levels import find_levels
 from quant.native.library import load_library

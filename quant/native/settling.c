@@ -1,5 +1,5 @@
 /* Settling the codes of one group of inputs: the inner loops of GPTQ and of its refinement, for many outputs at a time.
-   quant/settling.py holds the twin and says what each step is for; quant/native/settling.py calls this.
+   quant/method/settling.py holds the twin and says what each step is for; quant/native/settling.py calls this.
 
    Matrices have inputs along their first axis and `outputs` values along the second. Outputs do not influence each
    other: each lane computes one output by the same operations in the same order, whatever its neighbours. */
@@ -12,7 +12,7 @@
 /* Outputs that go through together: enough independent sums to keep the multipliers busy. */
 #define TILE_VECTORS 4
 #define TILE (TILE_VECTORS * VL)
-#define SMALLEST_SCALE 0x1p-20f /* quant.scales.MIN_SCALE */
+#define SMALLEST_SCALE 0x1p-20f /* quant.method.scales.MIN_SCALE */
 
 typedef struct {
     vf lanes[TILE_VECTORS];
@@ -56,7 +56,7 @@ static void store_codes(uint8_t *to, const Tile *tile, int width) {
 INLINE vf vf_clamp(vf x, vf lowest, vf highest) { return vf_min(vf_max(x, lowest), highest); }
 INLINE vf vf_minus(vf x) { return vf_sub(vf_set1(0.0f), x); }
 
-/* quant.scales.storable_scale, but too large a scale becomes infinite. */
+/* quant.method.scales.storable_scale, but too large a scale becomes infinite. */
 static vf storable(vf scale, int bits) {
     const vf magnitude = vf_max(vf_abs(scale), vf_set1(SMALLEST_SCALE));
     const vf value = vf_where_less(scale, vf_set1(0.0f), vf_minus(magnitude), magnitude);

@@ -1,4 +1,4 @@
-"""The steps of `quant.settling` in C (settling.c). Nothing is copied, and the interpreter's lock is free meanwhile."""
+"""The steps of `quant.method.settling` in C (settling.c). Nothing is copied; the interpreter lock is free meanwhile."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantizationError
-from quant.grids import RANGE_SHRINKAGES, Grid, GridKind
-from quant.scales import MAX_SCALE
+from quant.method.grids import RANGE_SHRINKAGES, Grid, GridKind
+from quant.method.scales import MAX_SCALE
 
 
 class NativeSettling:
-    """See `quant.settling.Settling` for what each step does; sums run in another order than the twin's."""
+    """See `quant.method.settling.Settling` for what each step does; sums run in another order than the twin's."""
 
     name = "native"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from quant.errors import CheckpointError
-from quant.report import MOST_DECODED_BYTES, DecodeSpeed
+from quant.report.quantization_report import MOST_DECODED_BYTES, DecodeSpeed
 from serving.child_process import child_environment, python_command
 from serving.engine.engine import Engine, load_engine
 from serving.engine.requests import CancelRequest, GenerateRequest, SamplingParams

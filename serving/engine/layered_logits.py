@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant.measure import RowLogits
 from quant.progress import ProgressSink
+from quant.report.measure import RowLogits
 from serving.engine.kv_blocks import KVCache, KVLayout, blocks_for
 from serving.engine.logits import CHUNK_TOKENS, prefill_chunks
 from serving.engine.prepare import PreparedModel, prepare, prepare_one_layer

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from quant.bitsandbytes_linear import LoadIn, announce_bitsandbytes, build_bitsandbytes_kernel, load_in_of
 from quant.errors import CheckpointError
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import (
     INT4PACK_GROUP_SIZES,
     INT4PACK_ROW_MULTIPLE,
@@ -29,7 +28,8 @@ from quant.int4_linear import (
     build_kernel,
     probe_kernel,
 )
-from quant.matrix import concat_rows, have_equal_groups
+from quant.method.gptq import GptqOptions, round_to_nearest
+from quant.method.matrix import concat_rows, have_equal_groups
 from quant.native.large_pages import LargePages
 from quant.native.linear import BLOCK_OUTPUTS, GROUP_MULTIPLE, NativeLinear
 from serving.engine.native_step import NativeStep, build_native_step, why_no_native_step

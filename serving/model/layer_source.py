@@ -13,7 +13,6 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
-from quant.ends import EMBEDDINGS, HEAD
 from quant.errors import CheckpointError
 from quant.formats.autogptq import (
     PACKED_SUFFIXES,
@@ -25,7 +24,8 @@ from quant.formats.autogptq import (
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
 from quant.int4_linear import QuantizedLinear
-from quant.tables import CodedTable, HeldTable, StoredTable, Table
+from quant.walk.ends import EMBEDDINGS, HEAD
+from quant.walk.tables import CodedTable, HeldTable, StoredTable, Table
 from serving.model.transformer import Decoder, DecoderLayer
 from serving.model.weights import load_spec, locate_tensors, read_config
 
@@ -50,7 +50,7 @@ class _Place:
 
 
 class DirectoryLayers:
-    """`quant.layer_source.LayerSource` over a plain or a GPTQ directory."""
+    """`quant.walk.layer_source.LayerSource` over a plain or a GPTQ directory."""
 
     def __init__(self, directory: Path) -> None:
         """Reads headers only. Raises CheckpointError for tensors that are missing or not the model's."""

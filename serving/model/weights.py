@@ -28,7 +28,7 @@ from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
 from quant.formats.pickled import pickled_hint
 from quant.formats.safetensors_header import check_safetensors
 from quant.int4_linear import QuantizedLinear
-from quant.matrix import QuantizedMatrix, take_outputs
+from quant.method.matrix import QuantizedMatrix, take_outputs
 from serving.model.json_files import read_object
 from serving.model.spec import DecoderSpec, spec_from_config
 from serving.model.transformer import Decoder

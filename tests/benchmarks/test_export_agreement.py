@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.export_agreement import as_q8_0, compare, round_activations
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import QuantizedLinear
+from quant.method.gptq import GptqOptions, round_to_nearest
 from tests.quant.tiny_models import tiny_decoder, tiny_ids
 
 pytestmark = pytest.mark.unit

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from quant import texts
-from quant.gptq import GptqOptions
+from quant.method.gptq import GptqOptions
 from quant.options import QuantizeOptions
 from quant.progress import SilentProgress
-from quant.quantize_directory import quantize_with
+from quant.run import texts
+from quant.run.quantize_directory import quantize_with
 from tests.interop.test_files import GPTQMODEL_TOLERANCE, MODEL, VLLM_TOLERANCE, answer, ask, our_logprobs
 from tests.quant.tiny_models import TinyAccess, write_source
 

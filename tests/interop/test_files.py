@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from quant.formats.autogptq import pack_linear
 from quant.formats.autogptq_writer import write_checkpoint
 from quant.formats.checkpoint_format import CheckpointFormat
-from quant.gptq import ActOrder, GptqOptions, quantize_matrix
-from quant.loaders import WrittenFormat, who_loads
-from quant.matrix import QuantizedMatrix
+from quant.method.gptq import ActOrder, GptqOptions, quantize_matrix
+from quant.method.matrix import QuantizedMatrix
 from quant.options import LinearChoice
+from quant.report.loaders import WrittenFormat, who_loads
 from serving.model.weights import load_decoder
 from tests.quant.tiny_models import tiny_ids, write_source
 

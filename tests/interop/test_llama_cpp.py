@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from quant.export import export_gguf
+from quant.convert.export import export_gguf
 from quant.progress import SilentProgress
 from serving.model.tokenizer import ModelTokenizer
 from serving.model.weights import load_decoder
-from tests.quant.test_export import LLAMA3_SCALING, QWEN2, QWEN3, write_gptq, write_plain
+from tests.quant.convert.test_export import LLAMA3_SCALING, QWEN2, QWEN3, write_gptq, write_plain
 from tests.quant.tiny_models import PALM
 
 pytestmark = [pytest.mark.system, pytest.mark.interop]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import report, texts
 from quant.commands import ServingAccess, merge, quantize, stored_dtype
 from quant.errors import QuantizationError
 from quant.formats.autogptq import gptq_settings
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.model_directory import read_manifest
+from quant.report import quantization_report as report
+from quant.run import texts
 from serving.cli import main
 from tests.quant.tiny_models import PALM, write_source
 from tests.serving.model.tiny_tokenizers import write_tokenizer
@@ -198,7 +199,7 @@ def test_a_quantised_model_is_refused_before_the_plan(
 def test_a_plan_that_does_not_fit_is_printed_before_its_refusal(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.machine.free_memory_bytes", lambda: 10**8)
+    monkeypatch.setattr("quant.run.machine.free_memory_bytes", lambda: 10**8)
     assert main(["quantize", str(source), str(tmp_path / "out"), *FEW, "--plan"]) == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("memory ")

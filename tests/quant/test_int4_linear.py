@@ -27,7 +27,7 @@ from quant.int4_linear import (
     relative_error,
     why_not_int4pack,
 )
-from quant.matrix import QuantizedMatrix
+from quant.method.matrix import QuantizedMatrix
 from quant.native.linear import why_not_native
 
 pytestmark = pytest.mark.unit

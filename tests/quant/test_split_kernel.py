@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant.int4_linear import KernelName, SplitInt4PackKernel, build_kernel, probe_kernel, relative_error
-from quant.matrix import QuantizedMatrix
+from quant.method.matrix import QuantizedMatrix
 
 pytestmark = pytest.mark.unit
 

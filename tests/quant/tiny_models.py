@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from quant.calibration import Encoder, Row
-from quant.layer_source import LayerSource
-from quant.measure import RowLogits
 from quant.progress import ProgressSink
-from quant.report import DecodeSpeed
+from quant.report.measure import RowLogits
+from quant.report.quantization_report import DecodeSpeed
+from quant.run.calibration import Encoder, Row
+from quant.walk.layer_source import LayerSource
 from serving.model.layer_source import DirectoryLayers
 from serving.model.spec import spec_from_config
 from serving.model.transformer import Decoder

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from quant.errors import CheckpointError
-from quant.report_summary import REPORT_JSON
+from quant.report.summary import REPORT_JSON
 from serving.quality_limit import check_quality
-from tests.quant.test_report import REPORT, VERSION_1
+from tests.quant.report.test_quantization_report import REPORT, VERSION_1
 
 pytestmark = pytest.mark.unit
 

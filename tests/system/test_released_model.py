@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.quantize_directory import QuantizeOptions
+from quant.run.quantize_directory import QuantizeOptions
 from serving.child_process import child_environment, python_command
 from serving.model.weights import load_decoder
 from serving.models import DEFAULT_MODEL, NAMED_MODELS, RELEASE_FOLDER, RELEASED_MODEL

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import relative_error
-from quant.matrix import QuantizedMatrix
+from quant.method.gptq import GptqOptions, round_to_nearest
+from quant.method.matrix import QuantizedMatrix
 from quant.native.levels import MAX_RELATIVE_ERROR, find_levels, search_levels_plainly
 from quant.native.library import load_library
 from quant.native.linear import NATIVE_RELATIVE_TOLERANCE, NativeLinear, native_twin, quantize_activations

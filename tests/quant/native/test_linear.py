@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.errors import QuantizationError
 from quant.int4_linear import KernelName, PlainKernel, build_kernel, relative_error
-from quant.matrix import QuantizedMatrix
+from quant.method.matrix import QuantizedMatrix
 from quant.native import linear
 from quant.native.linear import NATIVE_RELATIVE_TOLERANCE, NativeLinear, native_twin, why_not_native
 

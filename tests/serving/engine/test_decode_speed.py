@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.report import DecodeSpeed
+from quant.report.quantization_report import DecodeSpeed
 from serving.engine import decode_speed
 from serving.engine.decode_speed import MAX_TOKENS, TIME_LIMIT_S, main, measure_decode_speed, measure_in_child
 from tests.quant.tiny_models import write_source

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import texts
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
-from quant.quantize_directory import quantize_with
+from quant.run import texts
+from quant.run.quantize_directory import quantize_with
 from serving.engine.layered_logits import serve_windows
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import PreparedModel, prepare
@@ -42,7 +42,7 @@ WINDOWS = tiny_ids(3, 300)
 def short_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 64)
     monkeypatch.setattr(texts, "HELD_OUT_SEQ_LEN", 64)
-    monkeypatch.setattr("quant.report_plot.is_plot_possible", lambda: False)
+    monkeypatch.setattr("quant.report.plot.is_plot_possible", lambda: False)
 
 
 def quantized(folder: Path, form: dict[str, object], options: QuantizeOptions = OPTIONS) -> Path:

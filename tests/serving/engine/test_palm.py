@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import QuantizedLinear, relative_error
+from quant.method.gptq import GptqOptions, round_to_nearest
 from serving.engine.engine import Engine, EngineLimits
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import prepare

@@ -10,8 +10,8 @@ from torch import nn
 
 from quant.bitsandbytes_linear import LoadIn
 from quant.errors import CheckpointError
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import KernelName, QuantizedLinear, probe_kernel, relative_error
+from quant.method.gptq import GptqOptions, round_to_nearest
 from quant.native.linear import is_native_right
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import INT8_HEAD_MAX_ROWS, FastHead, NativeHead, prepare

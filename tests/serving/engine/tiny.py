@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import QuantizedLinear
+from quant.method.gptq import GptqOptions, round_to_nearest
 from serving.model.spec import Activation, BlockForm, DecoderSpec, Norm, Positions
 from serving.model.transformer import Decoder
 

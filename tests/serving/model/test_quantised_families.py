@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant.formats.autogptq import pack_linear
-from quant.gptq import GptqOptions, round_to_nearest
 from quant.int4_linear import QuantizedLinear
+from quant.method.gptq import GptqOptions, round_to_nearest
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import prepare
 from serving.model.weights import load_decoder

@@ -13,7 +13,7 @@ from quant.errors import CheckpointError
 from quant.formats.autogptq import pack_linear
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.int4_linear import QuantizedLinear
-from quant.matrix import QuantizedMatrix
+from quant.method.matrix import QuantizedMatrix
 from serving.model.transformer import Decoder
 from serving.model.weights import decoder_from_tensors, load_decoder, locate_tensors, read_config, save_decoder
 from tests.serving.model.checkpoints import build_model, edit_config, random_ids, save_model

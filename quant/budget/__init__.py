@@ -1,0 +1,1 @@
+"""The search for the smallest file that keeps a perplexity budget."""

@@ -1,0 +1,1 @@
+"""Model directories made from others without quantising: adapters merged, GGUF written."""
