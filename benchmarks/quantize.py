@@ -148,7 +148,9 @@ def run_side(name: str, worker: Sequence[str | Path], task: Mapping[str, object]
     task_file.write_text(json.dumps({**task, "out": str(out)}), encoding="utf-8")
     print(f"quantising with {name}", file=sys.stderr)
     started = time.monotonic()
-    process = subprocess.Popen([*worker, task_file], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # Ours is found as a module from the root; GPTQModel leaves its logs where it runs.
+    folder = ROOT if "-m" in worker else work
+    process = subprocess.Popen([*worker, task_file], cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
