@@ -167,6 +167,8 @@ def _make_result(
         report = _with_speeds(run, report, directory)
         write_report(directory, report)
         write_manifest(directory, _manifest(run, report))
+        # Another run, with other options, may have made it meanwhile: their work directories do not exclude each other.
+        refuse_used_name(out)
     return report
 
 

@@ -200,6 +200,26 @@ def test_a_directory_that_holds_something_is_not_overwritten(tmp_path: Path) -> 
     assert [path.name for path in out.iterdir()] == ["precious"]
 
 
+class TakesTheName(SilentProgress):
+    """Makes the result's directory while it is being measured, as another run would."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def update(self, stage: str, done: float, total: float) -> None:
+        if stage.startswith("Measuring") and not self._out.exists():
+            self._out.mkdir()
+            (self._out / "model.safetensors").write_text("another run's")
+
+
+def test_what_another_run_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    with pytest.raises(QuantizationError, match="exists and is not empty"):
+        quantize_with(TinyAccess(), source, out, OPTIONS, TakesTheName(out))
+    assert (out / "model.safetensors").read_text() == "another run's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_a_quantised_source_is_refused(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
     quantize(source, out)
