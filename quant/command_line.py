@@ -213,7 +213,10 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--samples", type=_positive_int, default=128, metavar="N", help="windows of text (default: 128)")
     group.add_argument(
-        "--seq-len", type=_positive_int, default=512, metavar="N", help="tokens of a window (default: 512)"
+        "--seq-len",
+        type=_positive_int,
+        metavar="N",
+        help="tokens of a window (default: 512, or the model's context where that is shorter)",
     )
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="order of the text's rows (default: 0)")
 

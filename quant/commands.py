@@ -50,11 +50,11 @@ def quantize(argv: Sequence[str]) -> int:
     from serving.models import cache_directory
     from serving.preparation import prepare_source
 
-    options, access = _options(arguments), ServingAccess()
+    access = ServingAccess()
     refuse_used_name(arguments.out)
     with _progress() as progress, contextlib.ExitStack() as stack:
         source = prepare_source(arguments.model, cache_directory(os.environ), progress)
-        texts, plan = _look_ahead(access, source, arguments, options)
+        options, texts, plan = _look_ahead(access, source, arguments)
         print("\n".join(plan.lines), file=sys.stdout if arguments.plan else sys.stderr)
         if plan.refusal is not None:
             raise QuantizationError(plan.refusal)
@@ -69,8 +69,8 @@ def quantize(argv: Sequence[str]) -> int:
 
 
 def _look_ahead(
-    access: ServingAccess, source: Path, arguments: argparse.Namespace, options: QuantizeOptions
-) -> tuple[RunTexts, Plan]:
+    access: ServingAccess, source: Path, arguments: argparse.Namespace
+) -> tuple[QuantizeOptions, RunTexts, Plan]:
     """Everything that can be refused before the first layer, but for room: that is in the plan, to be printed first."""
     from quant.convert.merge import fit_adapter
     from quant.formats.autogptq import read_json
@@ -78,15 +78,16 @@ def _look_ahead(
     from quant.run.plan import plan_run
     from quant.run.refusals import refuse_unusable_source
     from quant.run.texts import prepare_texts
-    from quant.walk.layer_walk import refuse_unfit_options
+    from quant.walk.layer_walk import fitting_seq_len, refuse_unfit_options
 
     refuse_unusable_source(source)
     if arguments.adapter is not None:
         fit_adapter(source, arguments.adapter)
     layers = access.open(source)
+    options = _options(arguments, seq_len=arguments.seq_len or fitting_seq_len(layers))
     refuse_unfit_options(layers, checkpoint_names(read_json(source / "config.json")), options)
     texts = prepare_texts(access.encoder(source), options)
-    return texts, plan_run(layers, options, arguments.out, merges_adapter=arguments.adapter is not None)
+    return options, texts, plan_run(layers, options, arguments.out, merges_adapter=arguments.adapter is not None)
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -104,7 +105,7 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> QuantizeOptions:
+def _options(arguments: argparse.Namespace, *, seq_len: int) -> QuantizeOptions:
     from quant.method.gptq import ActOrder, GptqOptions
     from quant.run.quantize_directory import QuantizeOptions
 
@@ -120,7 +121,7 @@ def _options(arguments: argparse.Namespace) -> QuantizeOptions:
         eight_bit=arguments.eight_bit,
         calibration=arguments.calibration,
         samples=arguments.samples,
-        seq_len=arguments.seq_len,
+        seq_len=seq_len,
         seed=arguments.seed,
         max_perplexity_increase=arguments.max_perplexity_increase,
         head_bits=arguments.head_bits,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from quant.formats.checkpoint_format import CheckpointFormat
 from quant.method.gptq import GptqOptions
 from quant.model_directory import Parent
+
+DEFAULT_SEQ_LEN: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class QuantizeOptions:
     eight_bit: tuple[str, ...] = ()
     calibration: Path | None = None
     samples: int = 128
-    seq_len: int = 512
+    seq_len: int = DEFAULT_SEQ_LEN
     seed: int = 0
     max_perplexity_increase: float | None = None
     choices: Mapping[str, LinearChoice] = field(default_factory=dict[str, LinearChoice])

@@ -154,9 +154,10 @@ def _obtain_source(reference: ModelReference, folder: Path, progress: ProgressSi
 
 
 def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: ProgressSink) -> None:
-    from quant.commands import quantize_directory
+    from quant.commands import ServingAccess, quantize_directory
     from quant.method.gptq import ActOrder, GptqOptions
     from quant.run.quantize_directory import QuantizeOptions
+    from quant.walk.layer_walk import fitting_seq_len
 
     options = GptqOptions(
         bits=recipe.bits,
@@ -165,7 +166,13 @@ def _quantize(source: Path, target: Path, recipe: QuantizationRecipe, progress: 
         act_order=ActOrder.STATIC if recipe.act_order else ActOrder.NONE,
     )
     # A first start is waited for: one held-out text is enough.
-    asked = QuantizeOptions(gptq=options, eight_bit=recipe.eight_bit, measures_prose=False, measures_speed=False)
+    asked = QuantizeOptions(
+        gptq=options,
+        eight_bit=recipe.eight_bit,
+        seq_len=fitting_seq_len(ServingAccess().open(source)),
+        measures_prose=False,
+        measures_speed=False,
+    )
     quantize_directory(source, target, asked, progress)
 
 

@@ -17,7 +17,7 @@ from quant.formats.tensor_files import TensorFile, as_stored, runs_of
 from quant.int4_linear import QuantizedLinear
 from quant.method.gptq import GptqOptions, choose_group_size
 from quant.method.matrix import QuantizedMatrix
-from quant.options import LinearChoice, QuantizeOptions
+from quant.options import DEFAULT_SEQ_LEN, LinearChoice, QuantizeOptions
 from quant.progress import ProgressSink
 from quant.walk.ends import EMBEDDINGS, HEAD, count_lookups, quantize_table, rows_of_run
 from quant.walk.layer_files import WorkDirectory
@@ -38,6 +38,11 @@ def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
     """One group size for the whole model. QuantizationError if it does not divide every linear's inputs."""
     sizes = input_sizes([source.outline()])
     return replace(options, group_size=choose_group_size(sizes, options.group_size))
+
+
+def fitting_seq_len(source: LayerSource) -> int:
+    """Tokens of a calibration window where none are asked for: the usual number, or the model's context if shorter."""
+    return min(DEFAULT_SEQ_LEN, source.max_positions)
 
 
 def refuse_unfit_options(source: LayerSource, names: CheckpointNames, options: QuantizeOptions) -> None:

@@ -92,6 +92,15 @@ def test_a_limit_that_is_exceeded_exits_with_one_and_leaves_nothing(
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 
+def test_windows_are_no_longer_than_a_short_context(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", vocab_size=2048, max_position_embeddings=128), tmp_path / "out"
+    write_tokenizer("smollm2", source)
+    assert quantize([str(source), str(out), "--samples", "8"]) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.config["seq_len"] == 128
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
