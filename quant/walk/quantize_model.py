@@ -21,7 +21,7 @@ from quant.method.gptq import GptqOptions, HessianSum, choose_group_size, is_fin
 from quant.method.matrix import split_rows
 from quant.options import LinearChoice
 from quant.progress import ProgressSink
-from quant.walk.carriers import carrier_of, carry_faster
+from quant.walk.carriers import carry_faster
 
 QUANTIZE_STAGE = "quantize"
 # Tokens in one forward of one layer. Larger batches leave the processor's caches and cost memory.
@@ -178,7 +178,7 @@ class CalibrationWalk:
     def pass_through(self, index: int, layer: nn.Module) -> None:
         """Carry the activations through a layer that is quantised already; its plain parameters change their type."""
         layer.to(self._hidden.dtype)
-        carry_faster(layer, self._hidden.dtype)
+        carry_faster(layer)
         for hidden in self._batches():
             hidden.copy_(layer(hidden, self._cos, self._sin))
         self._require_finite_activations(f"model.layers.{index}")
@@ -257,8 +257,7 @@ class _LayerInWork:
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._layer = layer
         self._copy = _copy_without_linears(layer).to(dtype)
-        carry_faster(self._copy, dtype)
-        self._dtype = dtype
+        carry_faster(self._copy)
         own_norm = getattr(layer, "post_attention_layernorm", None)
         self.is_parallel = bool(getattr(layer, "is_parallel", own_norm is None))
         self.shares_norm = own_norm is None
@@ -274,8 +273,8 @@ class _LayerInWork:
         return {name: _linear(owner, name) for name in names}
 
     def replace(self, block: str, name: str, linear: QuantizedLinear) -> None:
-        setattr(_child(self._layer, block), name, linear)
-        setattr(_child(self._copy, block), name, carrier_of(linear, self._dtype))
+        for layer in (self._layer, self._copy):
+            setattr(_child(layer, block), name, linear)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return _child(self._copy, "input_layernorm")(hidden)
