@@ -1,6 +1,6 @@
 """How much memory `causerie quantize` takes on a checkpoint that would not fit as a whole.
 
-    python -m benchmarks.quantize_memory                      a Llama of 1.3 billion parameters with random weights
+    python -m benchmarks.quantize_memory                      a Llama of 1.5 billion parameters with random weights
     python -m benchmarks.quantize_memory --plan --layers 32 --hidden 4096 --inner 14336 --heads 32 --kv-heads 8 \\
         --vocab 128256 --samples 128                          what 8 billion would take: nothing is quantised
 
@@ -87,7 +87,7 @@ class Shape:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=5632)
     parser.add_argument("--heads", type=int, default=16)

@@ -12,6 +12,9 @@ from quant.walk.layer_source import LayerSource
 
 # What several linears of a layer read: `LinearSize.reads` of the others is their own name.
 SHARED_INPUTS: Final = ("attention input", "feed-forward input")
+# The linears that are alone in reading what attention has mixed, and the activations of the feed-forward.
+MIXED: Final = "self_attn.o_proj"
+WIDEST: Final = "mlp.down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,6 @@ def sizes_of(source: LayerSource) -> ModelSizes:
 
 
 def _reads(name: str, *, shares_norm: bool) -> str:
-    if name.endswith(("o_proj", "down_proj")):
+    if name in (MIXED, WIDEST):
         return name
     return SHARED_INPUTS[0] if shares_norm or name.startswith("self_attn") else SHARED_INPUTS[1]

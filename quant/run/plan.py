@@ -129,7 +129,8 @@ def _plan(sizes: ModelSizes, options: QuantizeOptions, machine: Machine, *, merg
 def _disk(sizes: ModelSizes, options: QuantizeOptions, *, merges_adapter: bool) -> tuple[Part, ...]:
     """What is there at one time."""
     parts = [Part("merged model", sizes.source_bytes)] if merges_adapter else []
-    parts.append(Part("work", plan_costs.packed_bytes(sizes, options)))
+    work = plan_costs.packed_bytes(sizes, options) + plan_costs.waiting_bytes(sizes, options)
+    parts.append(Part("work", work))
     if options.max_perplexity_increase is not None:
         parts.append(Part("search at most", plan_costs.search_bytes(sizes, options)))
     return (*parts, Part("result", plan_costs.result_bytes(sizes, options)))

@@ -18,7 +18,7 @@ from quant.options import LinearChoice, QuantizeOptions
 from quant.report.measure import BATCH_WINDOWS, COMPARED_ROWS
 from quant.report.quantization_report import MOST_DECODED_BYTES
 from quant.run.machine import Machine, Rates
-from quant.run.model_sizes import SHARED_INPUTS, LinearSize, ModelSizes
+from quant.run.model_sizes import MIXED, SHARED_INPUTS, WIDEST, LinearSize, ModelSizes
 from quant.walk.quantize_model import fast_product_dtype
 
 GIGABYTE: Final = 10**9
@@ -48,7 +48,7 @@ def memory_bound(sizes: ModelSizes, options: QuantizeOptions) -> float:
 
 def quantize_memory(sizes: ModelSizes, options: QuantizeOptions, threads: int) -> float:
     """At the matrix for which it is most: the layer, whose weights give way to codes; what quantising the matrix holds;
-    and the activations that are kept then."""
+    and the activations that are kept in memory then."""
     token_bytes = fast_product_dtype().itemsize * options.samples * options.seq_len
     at_work = max(
         _matrix_memory(linear, threads, is_joined=reads in SHARED_INPUTS) + token_bytes * _kept_width(sizes, reads)
@@ -70,10 +70,16 @@ def _matrix_memory(linear: LinearSize, threads: int, *, is_joined: bool) -> floa
 
 
 def _kept_width(sizes: ModelSizes, reads: str) -> int:
-    """Of all activations of a token while the linears of one input are quantised: what enters the layer, that input,
-    and attention's output where it is added at the end."""
-    waits = sizes.is_parallel and reads.endswith("down_proj")
-    return sizes.hidden + sizes.joined[reads].inputs + (sizes.hidden if waits else 0)
+    """Of the activations of a token that are in memory while the linears of one input are quantised: what enters the
+    layer; that input, but for the widest; what attention has mixed where it is added at the end."""
+    kept = sizes.hidden + (0 if reads == WIDEST else sizes.joined[reads].inputs)
+    is_mixed = sizes.is_parallel and reads not in (SHARED_INPUTS[0], MIXED)
+    return kept + (sizes.joined[MIXED].inputs if is_mixed else 0)
+
+
+def waiting_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:
+    """Of activations in a file while the linears that read a layer's widest are quantised."""
+    return fast_product_dtype().itemsize * options.samples * options.seq_len * sizes.joined[WIDEST].inputs
 
 
 def _activation_bytes(sizes: ModelSizes, options: QuantizeOptions) -> int:

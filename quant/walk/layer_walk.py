@@ -32,6 +32,7 @@ from quant.walk.quantize_model import (
     input_sizes,
 )
 from quant.walk.tables import Table
+from quant.walk.waiting import waiting_activations
 
 
 def settle_group_size(source: LayerSource, options: GptqOptions) -> GptqOptions:
@@ -104,9 +105,10 @@ def quantize_to_disk(
     reports: list[LayerReport] = []
     if work.num_done(num_layers) == num_layers and all(map(work.has_end, ends)):
         return [work.report(index) for index in range(num_layers)]
-    with torch.inference_mode():
+    with torch.inference_mode(), waiting_activations(work.path) as waiting:
         embedded = _embed(source, calibration, _settle_first_end(source, options, ends, work))
-        walk = CalibrationWalk(embedded, source.rotary(torch.arange(calibration.shape[1])), options, choice_of)
+        rotary = source.rotary(torch.arange(calibration.shape[1]))
+        walk = CalibrationWalk(embedded, rotary, waiting, options, choice_of)
         del embedded
         for index in range(num_layers):
             progress.update(QUANTIZE_STAGE, index, num_layers)

@@ -1,8 +1,9 @@
 """The walk: every linear of one decoder layer after another quantised, each calibrated on what the quantised model
 before it really computes.
 
-One layer and the calibration activations are in memory at a time. Knows a layer by its modules' names, not by its
-class; where layers come from and go to belongs to `quant.walk.layer_walk`.
+One layer and the calibration activations are in memory at a time, but for those at its widest place, which wait in a
+file. Knows a layer by its modules' names, not by its class; where layers come from and go to belongs to
+`quant.walk.layer_walk`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quant.method.matrix import split_rows
 from quant.options import LinearChoice
 from quant.progress import ProgressSink
 from quant.walk.carriers import carry_faster
+from quant.walk.waiting import WaitingActivations, waiting_activations
 
 QUANTIZE_STAGE = "quantize"
 # Tokens in one forward of one layer. Larger batches leave the processor's caches and cost memory.
@@ -89,9 +91,10 @@ def quantize_layers(
     layers = cast("Sequence[nn.Module]", model.layers)
     # Settled for the whole model here: left open, each matrix would choose its own.
     options = replace(options, group_size=choose_group_size(input_sizes(layers), options.group_size))
-    with torch.inference_mode():
+    with torch.inference_mode(), waiting_activations() as waiting:
         embedded = embed_in_batches(model.embed, calibration, dtype or fast_product_dtype())
-        walk = CalibrationWalk(embedded, model.rotary(torch.arange(calibration.shape[1])), options, choice_of)
+        rotary = model.rotary(torch.arange(calibration.shape[1]))
+        walk = CalibrationWalk(embedded, rotary, waiting, options, choice_of)
         reports: list[LayerReport] = []
         progress.update(QUANTIZE_STAGE, 0, len(layers))
         for index, layer in enumerate(layers):
@@ -125,6 +128,7 @@ class CalibrationWalk:
         self,
         embedded: Tensor,
         rotary: tuple[Tensor, Tensor],
+        waiting: WaitingActivations,
         options: GptqOptions,
         choice_of: ChoiceOfLinear | None = None,
     ) -> None:
@@ -134,6 +138,7 @@ class CalibrationWalk:
         self._cos, self._sin = rotary
         self._options = options
         self._choice_of = choice_of
+        self._waiting = waiting
         self._batch = _batch_samples(embedded.shape[1])
 
     def quantize_layer(self, index: int, layer: nn.Module) -> LayerReport:
@@ -159,19 +164,19 @@ class CalibrationWalk:
 
         mixed = [work.mix(normed.pop(0), self._cos, self._sin) for _ in self._batches()]
         settle("self_attn", ("o_proj",), _hessian_of(mixed))
-        attended = [work.apply("self_attn", "o_proj", mixed.pop(0)) for _ in self._batches()]
-
+        attended = (work.apply("self_attn", "o_proj", mixed.pop(0)) for _ in self._batches())
         if not work.is_parallel:
             self._add(attended)
+
         normed = [work.feed_forward_input(hidden) for hidden in self._batches()]
         if not work.shares_norm:
             settle("mlp", work.feed_forward_inputs, _hessian_of(normed))
-
-        inner = [work.activate(normed.pop(0)) for _ in self._batches()]
-        settle("mlp", ("down_proj",), _hessian_of(inner))
+        activated = (work.activate(normed.pop(0)) for _ in self._batches())
+        settle("mlp", ("down_proj",), _hessian_of(self._waiting.keep(activated)))
+        # Only now: the feed-forward of a parallel layer reads what attention reads.
         if work.is_parallel:
             self._add(attended)
-        self._add([work.apply("mlp", "down_proj", inner.pop(0)) for _ in self._batches()])
+        self._add(work.apply("mlp", "down_proj", inputs) for inputs in self._waiting.take())
         self._require_finite_activations(prefix)
         return LayerReport(index, tuple(reports))
 
@@ -193,10 +198,10 @@ class CalibrationWalk:
                 f"the activations that leave {prefix} are not finite (NaN or infinity); the source cannot be used so"
             )
 
-    def _add(self, outputs: list[Tensor]) -> None:
-        """To the activations, batch by batch; `outputs` is used up."""
-        for hidden in self._batches():
-            hidden += outputs.pop(0)
+    def _add(self, outputs: Iterable[Tensor]) -> None:
+        """To the activations, batch by batch."""
+        for hidden, output in zip(self._batches(), outputs, strict=True):
+            hidden += output
 
     def _batches(self) -> Sequence[Tensor]:
         """Views of the activations: adding to one in place moves the walk on."""
