@@ -86,7 +86,7 @@ class Bench:
         access, progress = ServingAccess(), LineProgress(sys.stderr)
         layers = access.open(source)
         options = replace(options, gptq=settle_group_size(layers, options.gptq))
-        texts = prepare_texts(access.encoder(source), options)
+        texts = prepare_texts(access.encoder(source), options, layers.max_positions)
         names = checkpoint_names(read_json(source / "config.json"))
         directory = WorkDirectory(work, names, options.checkpoint_format)
         reports = quantize_to_disk(layers, texts.calibration, options.gptq, options.choice_of, directory, progress)

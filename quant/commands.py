@@ -86,7 +86,7 @@ def _look_ahead(
     layers = access.open(source)
     options = _options(arguments, seq_len=arguments.seq_len or fitting_seq_len(layers))
     refuse_unfit_options(layers, checkpoint_names(read_json(source / "config.json")), options)
-    texts = prepare_texts(access.encoder(source), options)
+    texts = prepare_texts(access.encoder(source), options, layers.max_positions)
     return options, texts, plan_run(layers, options, arguments.out, merges_adapter=arguments.adapter is not None)
 
 

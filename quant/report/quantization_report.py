@@ -90,7 +90,7 @@ class QuantizationReport:
     eight_bit:       linears that were asked to have 8 bits in every layer
     act_order:       "none", "static" or "shuffled"
     range_search:    whether each group's range was chosen by its error
-    calibration:     the file that the calibration text came from
+    calibration:     the file that the calibration text came from; `calibration_tokens` in all of its windows
     texts:           the held-out texts, at least one
     layers:          bits, group size and error of every linear
     ends:            likewise of the tables of the vocabulary that are quantised; a tied one is the embeddings
@@ -109,6 +109,7 @@ class QuantizationReport:
     act_order: str
     damp: float
     calibration: DataFile
+    calibration_windows: int
     calibration_tokens: int
     texts: tuple[TextComparison, ...]
     layers: Sequence[LayerReport]

@@ -46,7 +46,7 @@ def _options(report: QuantizationReport) -> str:
     return (
         f"GPTQ, {report.bits} bits{eight}, {group}, {kind}{order[report.act_order]}{also}, {version}; "
         f"damping {report.damp:g}, range search {search}, seed {report.seed}. Calibrated on "
-        f"{report.calibration_tokens:,} tokens of {report.calibration.name} "
+        f"{report.calibration_windows:,} windows, {report.calibration_tokens:,} tokens, of {report.calibration.name} "
         f"(sha256 {report.calibration.sha256[:12]}).{merged}"
     )
 

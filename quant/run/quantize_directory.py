@@ -190,7 +190,7 @@ def _prepare(
     layers = access.open(source)
     names = checkpoint_names(read_json(source / "config.json"))
     refuse_unfit_options(layers, names, options)
-    texts = texts or prepare_texts(access.encoder(source), options)
+    texts = texts or prepare_texts(access.encoder(source), options, layers.max_positions)
     plan = require_room(layers, options, out)
     refuse_damaged_ends(source, names)
     settled = replace(options, gptq=settle_group_size(layers, options.gptq), measures_speed=plan.measures_speed)
@@ -286,6 +286,7 @@ def _report(
         act_order=options.gptq.act_order.value,
         damp=options.gptq.damp,
         calibration=run.texts.calibration_file,
+        calibration_windows=run.texts.calibration.shape[0],
         calibration_tokens=run.texts.calibration.numel(),
         texts=texts,
         layers=layers,

@@ -54,8 +54,11 @@ class RunTexts:
         return (self.calibration_file, *(text.file for text in self.held_out))
 
 
-def prepare_texts(encode: Encoder, options: QuantizeOptions) -> RunTexts:
-    """Raises QuantizationError for calibration text that is too short, cannot be read, or holds held-out text."""
+def prepare_texts(encode: Encoder, options: QuantizeOptions, max_positions: int) -> RunTexts:
+    """Raises QuantizationError for calibration text that is too short, cannot be read, or holds held-out text.
+
+    max_positions: the model's context; held-out windows are not longer
+    """
     names = (BUNDLED_HELD_OUT, BUNDLED_PROSE) if options.measures_prose else (BUNDLED_HELD_OUT,)
     if options.calibration is None:
         rows = bundled_rows(BUNDLED_CALIBRATION)
@@ -71,13 +74,13 @@ def prepare_texts(encode: Encoder, options: QuantizeOptions) -> RunTexts:
     return RunTexts(
         calibration=calibration_windows(ids, options.samples, options.seq_len),
         calibration_file=calibration_file,
-        held_out=tuple(_held_out(name, encode) for name in names),
+        held_out=tuple(_held_out(name, encode, min(HELD_OUT_SEQ_LEN, max_positions)) for name in names),
     )
 
 
-def _held_out(name: str, encode: Encoder) -> HeldOut:
+def _held_out(name: str, encode: Encoder, seq_len: int) -> HeldOut:
     rows = bundled_rows(name)
-    windows = held_out_windows(encode_rows(rows, encode), HELD_OUT_SEQ_LEN, HELD_OUT_TOKENS)
+    windows = held_out_windows(encode_rows(rows, encode), seq_len, HELD_OUT_TOKENS)
     return HeldOut(_bundled_record(name, rows), windows)
 
 

@@ -69,6 +69,7 @@ REPORT = QuantizationReport(
     act_order="none",
     damp=0.01,
     calibration=DataFile("calibration.jsonl", "c" * 64, 277),
+    calibration_windows=128,
     calibration_tokens=65_536,
     texts=(WEB, CHAT),
     layers=tuple(layer(index) for index in range(12)),

@@ -91,12 +91,18 @@ def test_values_that_half_the_bytes_cannot_hold_are_refused_by_name(tmp_path: Pa
         quantize(source, tmp_path / "out")
 
 
+def test_held_out_windows_are_not_longer_than_the_models_context(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", max_position_embeddings=48)
+    report = quantize(source, tmp_path / "out", replace(OPTIONS, seq_len=48))
+    assert report.texts[0].tokens == 512 // 48 * 48
+
+
 def test_report_and_manifest_say_what_was_done_and_what_it_cost(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
     quantize(source, out)
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["held_out_tokens"] == 512
-    assert report["calibration_tokens"] == 512
+    assert (report["calibration_windows"], report["calibration_tokens"]) == (8, 512)
     for path in ("plain", "served"):
         assert report[path]["perplexity"] > 1
         assert 0.5 < report[path]["top1_agreement"] <= 1

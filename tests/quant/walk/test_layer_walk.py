@@ -62,7 +62,7 @@ def test_from_disk_come_the_codes_that_the_model_in_memory_gets(tmp_path: Path, 
     decoder = load_decoder(source)
     encode = TinyAccess().encoder(source)
     assert encode(Row(text="a"))
-    calibration = texts.prepare_texts(encode, OPTIONS).calibration
+    calibration = texts.prepare_texts(encode, OPTIONS, 512).calibration
     quantize_layers(decoder, calibration, GptqOptions(), SilentProgress())
     written = dict(load_decoder(tmp_path / "out").named_modules())
     for name, module in decoder.named_modules():
