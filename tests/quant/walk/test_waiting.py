@@ -51,6 +51,10 @@ def test_the_next_ones_take_the_place_of_those_before(tmp_path: Path) -> None:
         wider = batches((9, 9), dtype=torch.float32)
         list(waiting.keep(wider))
         assert all(map(torch.equal, taken(waiting), wider))
+        narrower = batches((2, 2))
+        list(waiting.keep(narrower))
+        assert [batch.dtype for batch in taken(waiting)] == [torch.bfloat16]
+        assert all(map(torch.equal, taken(waiting), narrower))
 
 
 def test_nobody_else_sees_the_file_and_it_is_gone_afterwards(tmp_path: Path) -> None:
