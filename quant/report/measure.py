@@ -19,7 +19,7 @@ from quant.int4_linear import QuantizedLinear
 from quant.method.gptq import GptqOptions, round_to_nearest
 from quant.options import LinearChoice
 from quant.progress import ProgressSink
-from quant.walk.ends import round_ends
+from quant.walk.ends import round_ends, share_head
 from quant.walk.layer_source import LayerSource
 
 # Windows in one forward of one layer: more gain nothing and take memory.
@@ -101,8 +101,8 @@ def carry_paths(
     windows: (count, tokens) ids
     """
     with torch.inference_mode():
-        rounded = round_ends(source, choices, options)
-        paths = PlainPaths(PlainPath(source, windows), PlainPath(result, windows), PlainPath(rounded, windows))
+        rounded, ends = round_ends(source, choices, options), share_head(result, source)
+        paths = PlainPaths(PlainPath(source, windows), PlainPath(ends, windows), PlainPath(rounded, windows))
         for index in range(source.num_layers):
             progress.update(stage, index, source.num_layers)
             layer = source.layer(index).to(torch.float32)

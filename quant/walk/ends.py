@@ -134,6 +134,34 @@ class RoundedEnds:
         return self.source.logits(hidden, self.tables.get(EMBEDDINGS if self.source.is_tied else HEAD))
 
 
+@dataclass(frozen=True, slots=True)
+class SharedHead:
+    """A result whose head makes of everything what its source's does: one of the two is held."""
+
+    result: LayerSource
+    source: LayerSource
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.result.embed(ids)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.result.rotary(positions)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return self.result.final_norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.source.logits(hidden)
+
+
+def share_head(result: LayerSource, source: LayerSource) -> LayerSource | SharedHead:
+    """`result` with its source's head, if the two are equal to the bit; else as it is."""
+    run_rows = rows_of_run(source.outline(), source.hidden_size)
+    tables = [layers.table(EMBEDDINGS if layers.is_tied else HEAD) for layers in (result, source)]
+    same = all(map(torch.equal, *(_runs(table, run_rows) for table in tables)))
+    return SharedHead(result, source) if same else result
+
+
 def round_ends(source: LayerSource, choices: Mapping[str, LinearChoice], options: GptqOptions) -> RoundedEnds:
     """choices: bits and group size of what is quantised, by our decoder's names; only the tables' are looked at."""
     run_rows = rows_of_run(source.outline(), source.hidden_size)

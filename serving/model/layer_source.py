@@ -30,7 +30,7 @@ from serving.model.transformer import Decoder, DecoderLayer
 from serving.model.weights import load_spec, locate_tensors, read_config
 
 # Rows of the head that are converted to float32 at a time.
-HEAD_RUN_ROWS: Final = 8192
+HEAD_RUN_ROWS: Final = 2048
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 _TABLES: Final = (EMBEDDINGS, HEAD)
 
@@ -121,8 +121,11 @@ class DirectoryLayers:
         """Only those rows of the embeddings are converted that occur; of plain ones, only those are read."""
         occurring, position = ids.unique(return_inverse=True)
         rows = (self.table(EMBEDDINGS) if table is None else table).gather(occurring)
-        self._ends.model.embed_tokens.weight = nn.Parameter(rows, requires_grad=False)
-        return self._ends.embed(position)
+        embeddings = self._ends.model.embed_tokens
+        embeddings.weight = nn.Parameter(rows, requires_grad=False)
+        embedded = self._ends.embed(position)
+        embeddings.weight = nn.Parameter(rows[:0].clone(), requires_grad=False)  # or the rows would stay
+        return embedded
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._ends.rotary(positions)
@@ -136,9 +139,10 @@ class DirectoryLayers:
             self._head = HeldTable(own.file.read(own.name)) if isinstance(own, StoredTable) else own
         table = self._head if table is None else table
         assert table is not None
-        starts = range(0, self.vocab_size, HEAD_RUN_ROWS)
-        runs = [hidden @ table.rows(first, min(first + HEAD_RUN_ROWS, self.vocab_size)).t() for first in starts]
-        logits = torch.cat(runs, dim=-1)
+        logits = hidden.new_empty((*hidden.shape[:-1], self.vocab_size))
+        for first in range(0, self.vocab_size, HEAD_RUN_ROWS):
+            last = min(first + HEAD_RUN_ROWS, self.vocab_size)
+            logits[..., first:last] = hidden @ table.rows(first, last).t()
         return logits if self._spec.logit_scale == 1.0 else logits.mul_(self._spec.logit_scale)
 
     @property

@@ -25,7 +25,16 @@ from quant.run.model_sizes import sizes_of
 from quant.run.plan import make_plan
 from quant.run.quantize_directory import quantize_with
 from quant.walk import layer_walk
-from quant.walk.ends import EMBEDDINGS, HEAD, choose_ends, count_lookups, quantize_table, round_table
+from quant.walk.ends import (
+    EMBEDDINGS,
+    HEAD,
+    SharedHead,
+    choose_ends,
+    count_lookups,
+    quantize_table,
+    round_table,
+    share_head,
+)
 from quant.walk.tables import CodedTable, HeldTable
 from serving.engine.logits import serving_logits
 from serving.engine.prepare import prepare
@@ -235,6 +244,31 @@ def test_report_names_the_ends_and_who_cannot_load_them(tmp_path: Path) -> None:
     assert "| model.embed_tokens | 8 | 32 |" in text
     manifest = json.loads((out / "causerie.json").read_text())
     assert (manifest["config"]["head_bits"], manifest["config"]["embedding_bits"]) == (8, 8)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_is_shared_only_where_it_is_the_same_to_the_bit(tmp_path: Path, is_tied: bool) -> None:
+    source = DirectoryLayers(write_source(tmp_path / "source", tie_word_embeddings=is_tied))
+    same = DirectoryLayers(write_source(tmp_path / "same", tie_word_embeddings=is_tied))
+    hidden = torch.randn(3, source.hidden_size)
+    shared = share_head(same, source)
+    assert isinstance(shared, SharedHead)
+    assert torch.equal(shared.logits(hidden), same.logits(hidden))
+
+    file = tmp_path / "same" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{EMBEDDINGS if is_tied else HEAD}.weight"][-1, -1] += 0.01
+    save_file(tensors, file)
+    other = DirectoryLayers(tmp_path / "same")
+    assert share_head(other, source) is other
+
+
+def test_rows_of_the_embeddings_do_not_stay_after_a_lookup(tmp_path: Path) -> None:
+    layers = DirectoryLayers(write_source(tmp_path / "source"))
+    once, again = (layers.embed(torch.arange(64)) for _ in range(2))
+    assert torch.equal(once, again)
+    kept = [part.weight.numel() for part in vars(layers)["_ends"].modules() if isinstance(part, torch.nn.Embedding)]
+    assert kept == [0]
 
 
 def test_a_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
