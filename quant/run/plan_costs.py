@@ -38,7 +38,7 @@ FILE_BYTES_PER_SECOND: Final = 4e8
 TEXT_SECONDS, START_SECONDS, DECODE_SECONDS = 5.0, 5.0, 3.0
 # Logits of some rows and what comparing two of them makes of it.
 LOGIT_COPIES: Final = 5
-# What the heap keeps in pieces after many layers, in layers: 151 MB more after 28 of 103 MB than after two.
+# What the heap seems to keep in pieces after many layers, in layers: 151 MB more after 28 of 103 MB than after two.
 HEAP_PIECES: Final = 1.5
 
 
