@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     from quant.formats.autogptq_writer import write_checkpoint
     from quant.formats.checkpoint_format import CheckpointFormat
     from quant.formats.checkpoint_names import checkpoint_names
+    from quant.heap import large_blocks_given_back
     from quant.method.gptq import ActOrder, GptqOptions
     from quant.options import LinearChoice
     from quant.progress import LineProgress
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
     choice = LinearChoice(options.bits, options.group_size)
     (out / "work").mkdir(parents=True)
     work = WorkDirectory(out / "work", checkpoint_names(read_json(source / "config.json")), CheckpointFormat.V1)
-    quantize_to_disk(layers, calibration, options, lambda _: choice, work, LineProgress(sys.stderr))
+    with large_blocks_given_back():  # as `quantize_with` does
+        quantize_to_disk(layers, calibration, options, lambda _: choice, work, LineProgress(sys.stderr))
     marks.append(time.monotonic())
     files = [work.file(index) for index in range(layers.num_layers)]
     choices = {name: choice for index in range(layers.num_layers) for name in work.choices(index)}

@@ -14,7 +14,6 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from quant.heap import large_blocks_given_back
 from quant.int4_linear import QuantizedLinear
 from quant.method.gptq import GptqOptions, round_to_nearest
 from quant.options import LinearChoice
@@ -178,7 +177,7 @@ def compare(
     """The source's perplexity, and each other model's agreement with it. windows: (count, tokens) ids."""
     log_loss = 0.0
     sums = [AgreementSum() for _ in others]
-    with torch.inference_mode(), large_blocks_given_back():
+    with torch.inference_mode():
         for index, ids in enumerate(windows):
             progress.update(stage, index, len(windows))
             for start in range(0, len(ids), COMPARED_ROWS):

@@ -38,8 +38,6 @@ FILE_BYTES_PER_SECOND: Final = 4e8
 TEXT_SECONDS, START_SECONDS, DECODE_SECONDS = 5.0, 5.0, 3.0
 # Logits of some rows and what comparing two of them makes of it.
 LOGIT_COPIES: Final = 5
-# What the heap seems to keep in pieces after many layers, in layers: 151 MB more after 28 of 103 MB than after two.
-HEAP_PIECES: Final = 1.5
 
 
 def memory_bound(sizes: ModelSizes, options: QuantizeOptions) -> float:
@@ -102,7 +100,7 @@ def measure_memory(sizes: ModelSizes, options: QuantizeOptions) -> float:
     logits = LOGIT_COPIES * 4 * COMPARED_ROWS * sizes.vocab
     packed = len(_packed_ends(sizes, options))
     heads = (2 if packed else 1) * sizes.head_bytes + (2 + packed) * sizes.head_weights
-    comparing = 3.5 * state + heads + logits + HEAP_PIECES * sizes.layer_bytes
+    comparing = 3.5 * state + heads + logits
     return PROCESS_BYTES + max(plain, served, comparing)
 
 

@@ -112,6 +112,7 @@ class _Run:
         )
 
 
+@large_blocks_given_back()
 def quantize_with(
     access: ModelAccess,
     source: Path,
@@ -261,10 +262,8 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     windows = torch.cat([text.windows for text in run.texts.held_out])
     stage = "Measuring source and result"
     result = run.access.open(directory)
-    # What the walk has freed would count beside what measuring takes.
-    with large_blocks_given_back():
-        paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
-        served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
+    paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
+    served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
     return compare_texts(run.texts.held_out, paths, served, run.progress)
 
 
