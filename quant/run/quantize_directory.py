@@ -26,7 +26,7 @@ from quant.formats.autogptq import read_json
 from quant.formats.autogptq_writer import write_checkpoint
 from quant.formats.checkpoint_names import checkpoint_names
 from quant.formats.tensor_files import TensorFile
-from quant.heap import large_blocks_given_back
+from quant.heap import give_back_free_memory, large_blocks_given_back
 from quant.method.settling import fastest_settling
 from quant.model_directory import (
     JsonValue,
@@ -262,8 +262,10 @@ def _measure(run: _Run, layers: Sequence[LayerReport], directory: Path) -> tuple
     windows = torch.cat([text.windows for text in run.texts.held_out])
     stage = "Measuring source and result"
     result = run.access.open(directory)
+    give_back_free_memory()  # what the walk has freed would count beside what measuring takes; so below
     paths = carry_paths(run.layers, result, choices, run.options.gptq, windows, run.progress, stage)
     served = run.access.serve_windows(directory, windows, run.progress, "Measuring as served")
+    give_back_free_memory()
     return compare_texts(run.texts.held_out, paths, served, run.progress)
 
 
