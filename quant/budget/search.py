@@ -35,7 +35,7 @@ from quant.budget.record import BudgetRecord
 from quant.method.matrix import QuantizedMatrix
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import ProgressSink
-from quant.report.measure import PlainPath, dequantized, log_softmax_in_place
+from quant.report.measure import PlainPath, dequantized, mean_log_loss
 from quant.walk.layer_files import WorkDirectory
 from quant.walk.layer_source import LayerSource
 from quant.walk.layer_walk import insert_matrices, quantize_to_disk
@@ -200,7 +200,7 @@ def carry_texts(run: SearchRun, layer_of: Callable[[int], nn.Module], stage: str
                 path.advance(layer)
         for path in paths:
             path.finish()
-        return [_mean_loss(path, windows) for path, windows in zip(paths, run.texts, strict=True)]
+        return [mean_log_loss(path.logits, windows) for path, windows in zip(paths, run.texts, strict=True)]
 
 
 def rung_options(options: QuantizeOptions, outline: nn.Module) -> list[QuantizeOptions]:
@@ -300,11 +300,3 @@ def describe(units: Sequence[Unit], refinements: Sequence[Refinement]) -> str:
             count_of_way[way] = count_of_way.get(way, 0) + len(unit.names)
     ways = ", ".join(f"{count} {way}" for way, count in sorted(count_of_way.items())) or "none refined"
     return f"of {sum(len(unit.names) for unit in units)} linears {ways}"
-
-
-def _mean_loss(path: PlainPath, windows: Tensor) -> float:
-    total = 0.0
-    for index, ids in enumerate(windows):
-        log_probs = log_softmax_in_place(path.logits(index))
-        total -= float(log_probs[:-1].gather(1, ids[1:, None]).sum(dtype=torch.float64))
-    return total / (windows.shape[0] * (windows.shape[1] - 1))

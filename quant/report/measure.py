@@ -7,7 +7,7 @@ one layer's weights are in memory at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -180,9 +180,7 @@ def compare(
     with torch.inference_mode():
         for index, ids in enumerate(windows):
             progress.update(stage, index, len(windows))
-            for start in range(0, len(ids), COMPARED_ROWS):
-                rows = slice(start, start + COMPARED_ROWS)
-                following = ids[start + 1 : start + 1 + COMPARED_ROWS]
+            for rows, following in _runs_of_rows(ids):
                 log_probs = log_softmax_in_place(source(index, rows))
                 log_loss += _log_loss(log_probs, following)
                 for total, other in zip(sums, others, strict=True):
@@ -190,6 +188,23 @@ def compare(
     progress.update(stage, len(windows), len(windows))
     perplexity = math.exp(log_loss / (windows.shape[0] * (windows.shape[1] - 1)))
     return perplexity, [total.result() for total in sums]
+
+
+def mean_log_loss(logits: RowLogits, windows: Tensor) -> float:
+    """Negative log-likelihood, nats per token, of all tokens but each window's first. windows: (count, tokens) ids."""
+    total = 0.0
+    with torch.inference_mode():
+        for index, ids in enumerate(windows):
+            for rows, following in _runs_of_rows(ids):
+                total += _log_loss(log_softmax_in_place(logits(index, rows)), following)
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def _runs_of_rows(ids: Tensor) -> Generator[tuple[slice, Tensor]]:
+    """Of one window: rows whose logits are made at a time, and the tokens that follow them, (rows,) or one fewer."""
+    for start in range(0, len(ids), COMPARED_ROWS):
+        end = start + COMPARED_ROWS
+        yield slice(start, end), ids[start + 1 : end + 1]
 
 
 def _log_loss(log_probs: Tensor, following: Tensor) -> float:

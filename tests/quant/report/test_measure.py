@@ -11,7 +11,15 @@ from quant.method.gptq import GptqOptions, round_to_nearest
 from quant.model_directory import DataFile
 from quant.options import LinearChoice, QuantizeOptions
 from quant.progress import SilentProgress
-from quant.report.measure import AgreementSum, PlainPaths, carry_paths, compare, log_softmax_in_place
+from quant.report.measure import (
+    COMPARED_ROWS,
+    AgreementSum,
+    PlainPaths,
+    carry_paths,
+    compare,
+    log_softmax_in_place,
+    mean_log_loss,
+)
 from quant.run.compare_texts import compare_texts
 from quant.run.quantize_directory import quantize_with
 from quant.run.texts import HeldOut
@@ -122,6 +130,23 @@ def test_log_softmax_in_place_equals_torchs() -> None:
     logits = torch.randn((4, 50), generator=torch.Generator().manual_seed(0)) * 30
     expected = torch.log_softmax(logits, dim=-1)
     assert torch.allclose(log_softmax_in_place(logits), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 127, 128, 129, 300])
+def test_mean_log_loss_is_torchs_cross_entropy_from_few_rows_of_logits_at_a_time(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, tokens, 50), generator=generator) * 5
+    windows = torch.randint(50, (2, tokens), generator=generator)
+    asked: list[int] = []
+
+    def rows_of(window: int, rows: slice) -> Tensor:
+        asked.append(logits[window, rows].shape[0])
+        return logits[window, rows].clone()
+
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert mean_log_loss(rows_of, windows) == pytest.approx(float(expected), rel=1e-5)
+    assert sum(asked) == 2 * tokens
+    assert max(asked) <= COMPARED_ROWS
 
 
 def test_each_text_is_compared_on_windows_of_its_own(tmp_path: Path) -> None:
