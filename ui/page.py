@@ -248,8 +248,8 @@ def _wire(page: gr.Blocks, parts: PageParts, chat: ChatPage) -> None:
     stored = [parts.history_store, *settings.all]
 
     page.load(None, None, parts.sidebar, js=OPEN_SIDEBAR_IF_WIDE, **quiet)
-    # The chat stays hidden until the connection is known, and that is asked after the stored chats are back: what a
-    # user sends first can then not be overwritten by what is loaded late.
+    # Chat and sidebar stay hidden until the connection is known, and that is asked after the stored chats and settings
+    # are back: what a user sends or sets first can then not be overwritten by what is loaded late.
     page.load(
         chat.load,
         [parts.history_store, parts.settings_store],

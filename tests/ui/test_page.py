@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from serving.gateway.auth import AccessMiddleware, HostCheck, KeyCheck, OriginCheck
 from tests.ui.browser import WAIT_MS, Watcher
@@ -327,6 +327,22 @@ def test_settings_are_folded_away_kept_and_sent(page: Page, api: ScriptedApi) ->
     page.locator("#settings > button").click()
     expect(page.locator("#system-prompt textarea")).to_have_value("Be brief.")
     expect(page.locator("#temperature input[type=number]")).to_have_value("0.2")
+
+
+def test_nothing_can_be_written_before_what_is_stored_is_back(page: Page) -> None:
+    expect_idle(page)
+    held: list[Route] = []
+    page.route("**/queue/join*", lambda route: held.append(route), times=1)
+    with page.expect_request("**/queue/join*"):
+        page.reload()
+    fields = ("#composer textarea", "#settings > button", "#new-chat", "#chat-list")
+    for field in fields:
+        expect(page.locator(field)).to_be_attached()
+        expect(page.locator(field)).to_be_hidden()
+    assert len(held) == 1
+    held[0].continue_()
+    for field in fields[:-1]:
+        expect(page.locator(field)).to_be_visible()
 
 
 def test_without_own_settings_the_models_defaults_hold(page: Page, api: ScriptedApi) -> None:
