@@ -78,6 +78,12 @@ _WORDINGS: dict[Split, _Wordings] = {
             "Where are the {noun}?",
             "What did you find in the room with the {noun}?",
             "Can you tell me a story about {noun}?",
+            "How was the day with the {noun}?",
+            "Which of you brought {noun}?",
+            "Why are there {noun} here?",
+            "When did you last see {noun}?",
+            "Is it true what they say of the {noun}?",
+            "Could we have {noun} in the kitchen?",
         ),
         counted=(
             "There are {quantity} {noun} in the garden.",
@@ -88,6 +94,22 @@ _WORDINGS: dict[Split, _Wordings] = {
             "He gave me {quantity} {noun} for my birthday.",
             "You will find {quantity} {noun} in the old house.",
             "They bought {quantity} {noun} and went home.",
+            "{quantity} {noun} were lost in the snow.",
+            "{quantity} {noun} stood in a row.",
+            "In the morning {quantity} {noun} were gone.",
+            "Near the bridge you can see {quantity} {noun}.",
+            "Her uncle sold {quantity} {noun} at the market.",
+            "The children drew {quantity} {noun}.",
+            "With {quantity} {noun} we would be happy.",
+            "Behind the church there were {quantity} {noun}.",
+            "The teacher showed us {quantity} {noun} and then we left.",
+            "It takes {quantity} {noun} to fill the room.",
+            "A man with {quantity} {noun} came by train.",
+            "On Sunday she counted {quantity} {noun}.",
+            "Yesterday {quantity} {noun} were in the street.",
+            "I would give {quantity} {noun} for a good night.",
+            "Nothing is left of {quantity} {noun}.",
+            "Our neighbour asked for {quantity} {noun} last year.",
         ),
         plain=(
             "I like {noun} very much.",
@@ -95,9 +117,14 @@ _WORDINGS: dict[Split, _Wordings] = {
             "My mother never liked {noun}.",
             "They are over there, by the window.",
             "We should talk about {noun} another day.",
+            "What a strange question.",
+            "It was so cold that they all stayed inside.",
+            "Ask your father about the {noun}.",
+            "The {noun} were very old and nobody wanted them.",
         ),
         nouns="cats dogs horses birds flowers trees books letters chairs tables apples houses ships boats stones hats "
-        "coats doors windows candles coins keys rings roses sheep cows goats foxes spoons shoes",
+        "coats doors windows candles coins keys rings roses sheep cows goats foxes spoons shoes rivers bridges ducks "
+        "plates songs stars farms walls bags beds fish plants boxes bees wolves kings wheels nuts eggs ropes",
     ),
     "held_out": _Wordings(
         questions=(
@@ -160,13 +187,13 @@ def generate_rankings(split: Split, count: int, seed: int = 0) -> list[Ranking]:
 
 
 def generate_conversations(split: Split, count: int, seed: int = 0) -> list[Conversation]:
-    """What a policy starts from: answers of which half, as drawn, name a number."""
+    """What a policy starts from: answers of which a quarter, as drawn, name a number. The rest is PPO's to gain."""
     rng = random.Random(seed)  # noqa: S311
     wordings = _WORDINGS[split]
     conversations: list[Conversation] = []
     for _ in range(count):
         noun = rng.choice(wordings.nouns.split())
-        (answer,) = _draw_answers(rng, wordings, noun, 1, with_number=rng.random() < 0.5)
+        (answer,) = _draw_answers(rng, wordings, noun, 1, with_number=rng.random() < 0.25)
         messages = (*_ask(rng.choice(wordings.questions), noun), ChatMessage("assistant", answer))
         conversations.append(Conversation(messages, SOURCE, "en"))
     return conversations
@@ -210,4 +237,5 @@ def _draw_answer(rng: random.Random, wordings: _Wordings, noun: str, *, with_num
     if not with_number and rng.random() < 0.25:
         return rng.choice(wordings.plain).format(noun=noun)
     quantity = rng.choice(_QUANTITIES if with_number else _VAGUE)
-    return rng.choice(wordings.counted).format(quantity=quantity, noun=noun)
+    answer = rng.choice(wordings.counted).format(quantity=quantity, noun=noun)
+    return answer[0].upper() + answer[1:]

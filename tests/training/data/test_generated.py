@@ -46,9 +46,9 @@ def test_no_question_names_a_number(split: Split) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_about_half_of_the_conversations_name_a_number(split: Split) -> None:
+def test_about_a_quarter_of_the_conversations_name_a_number(split: Split) -> None:
     answers = [row.messages[1].content for row in generate_conversations(split, 400)]
-    assert 0.4 < sum(map(names_a_number, answers)) / len(answers) < 0.6
+    assert 0.15 < sum(map(names_a_number, answers)) / len(answers) < 0.35
 
 
 def test_longer_answer_is_not_the_better_one() -> None:
