@@ -53,8 +53,12 @@ class ChatPage:
     # Chats: each returns what `_view` shows.
 
     def load(self, stored_history: object, stored_settings: object) -> Updates:
+        view = _view(_history(stored_history))
         settings = Settings.from_json(stored_settings)
-        return [*_view(_history(stored_history)), *settings.as_list(), *show_custom(settings.is_custom)]
+        # Gradio keeps an update of a folded field until it is unfolded, and may then put it over what is typed first.
+        if settings == Settings():
+            return [*view, *[gr.skip()] * (len(settings.as_list()) + 2)]
+        return [*view, *settings.as_list(), *show_custom(settings.is_custom)]
 
     def new_chat(self, stored_history: object) -> Updates:
         return _view(_history(stored_history).opened(_new_id()))

@@ -35,6 +35,18 @@ HOSTILE = (
     "$$\\href{javascript:window.pwned=11}{x}$$",
 )
 
+TYPE_A_SEED_AS_SOON_AS_THERE_IS_A_FIELD = """() => new Promise((typed) => {
+  new MutationObserver((_, observer) => {
+    const field = document.querySelector("#seed input, #seed textarea");
+    if (!field) return;
+    observer.disconnect();
+    field.value = "42";
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    setTimeout(typed, 500);
+  }).observe(document.documentElement, { childList: true, subtree: true });
+  document.querySelector("#settings > button").click();
+})"""
+
 
 def composer(page: Page) -> Any:
     return page.locator("#composer textarea")
@@ -343,6 +355,15 @@ def test_nothing_can_be_written_before_what_is_stored_is_back(page: Page) -> Non
     held[0].continue_()
     for field in fields[:-1]:
         expect(page.locator(field)).to_be_visible()
+
+
+def test_what_is_typed_the_moment_the_settings_unfold_is_kept(page: Page) -> None:
+    expect_idle(page)
+    expect(page.locator("#seed")).to_have_count(0)
+    page.evaluate(TYPE_A_SEED_AS_SOON_AS_THERE_IS_A_FIELD)
+    expect(page.locator("#seed input, #seed textarea")).to_have_value("42")
+    page.wait_for_function("localStorage.getItem('causerie.settings') !== null")
+    expect(page.locator("#seed input, #seed textarea")).to_have_value("42")
 
 
 def test_without_own_settings_the_models_defaults_hold(page: Page, api: ScriptedApi) -> None:
