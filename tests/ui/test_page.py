@@ -9,14 +9,12 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from serving.gateway.auth import AccessMiddleware, HostCheck, KeyCheck, OriginCheck
-from tests.ui.browser import WAIT_MS, Watcher
+from tests.ui.browser import Watcher
 from tests.ui.conftest import Site
 from tests.ui.scripted_api import WAIT_S, ScriptedApi, ServerThread, free_port
 from ui.app import mount_page
 
 pytestmark = pytest.mark.system
-
-expect.set_options(timeout=WAIT_MS)
 
 HOSTILE = (
     "<script>window.pwned = 1</script>",
