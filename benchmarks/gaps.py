@@ -80,7 +80,7 @@ class Bench:
     def __init__(self, directory: Path, threads: int, prompt_tokens: int) -> None:
         import torch
 
-        from serving.engine.engine import load_engine
+        from serving.engine.load import load_engine
 
         torch.set_num_threads(threads)
         # Every prompt is new, so that nothing of it is known.

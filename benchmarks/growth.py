@@ -76,7 +76,7 @@ class Bench:
     def __init__(self, directory: Path, threads: int, num_steps: int) -> None:
         import torch
 
-        from serving.engine.engine import load_engine
+        from serving.engine.load import load_engine
 
         torch.set_num_threads(threads)
         self._engine: Engine = load_engine(directory, kv_bytes=KV_BYTES, exact=False, prefix_cache=False)

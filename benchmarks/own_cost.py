@@ -65,7 +65,7 @@ class EngineAlone:
     def __init__(self, directory: Path, threads: int) -> None:
         import torch
 
-        from serving.engine.engine import load_engine
+        from serving.engine.load import load_engine
         from serving.model.chat_format import ChatFormat, ChatMessage
         from serving.model.tokenizer import ModelTokenizer
 

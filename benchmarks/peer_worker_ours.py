@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    from serving.engine.engine import load_engine
+    from serving.engine.load import load_engine
 
     engine = load_engine(directory, kv_bytes=KV_BYTES, exact=False)
     gc.collect()

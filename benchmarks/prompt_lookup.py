@@ -72,7 +72,8 @@ class Bench:
     def __init__(self, directory: Path, threads: int, new_tokens: int) -> None:
         import torch
 
-        from serving.engine.engine import Engine, load_engine
+        from serving.engine.engine import Engine
+        from serving.engine.load import load_engine
         from serving.model.chat_format import ChatFormat
         from serving.model.tokenizer import ModelTokenizer
 

@@ -21,7 +21,8 @@ import torch
 from quant.errors import CheckpointError
 from quant.report.quantization_report import MOST_DECODED_BYTES, DecodeSpeed
 from serving.child_process import child_environment, python_command
-from serving.engine.engine import Engine, load_engine
+from serving.engine.engine import Engine
+from serving.engine.load import load_engine
 from serving.engine.requests import CancelRequest, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)

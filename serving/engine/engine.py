@@ -6,22 +6,18 @@ sockets, clocks or threads: `process.py` serves it, training calls it in-process
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quant.bitsandbytes_linear import LoadIn
 from quant.errors import CheckpointError
-from quant.formats.checkpoint_names import CheckpointNames, checkpoint_names
+from quant.formats.checkpoint_names import CheckpointNames
 from serving.engine.adapters import Adapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, KVCache, KVLayout
 from serving.engine.prefix_keys import root_key
-from serving.engine.prepare import PreparedModel, prepare
+from serving.engine.prepare import PreparedModel
 from serving.engine.prompt_lookup import PromptLookup
 from serving.engine.requests import (
     CancelRequest,
@@ -45,9 +41,8 @@ from serving.engine.sequence import Sequence as EngineSequence
 from serving.engine.step_cost import StepCost
 from serving.errors import InvalidRequest, PromptTooLong, QueueFull
 from serving.model.tokenizer import ModelTokenizer
-from serving.model.weights import load_decoder, read_config
 
-__all__ = ["Engine", "EngineLimits", "load_engine"]
+__all__ = ["Engine", "EngineLimits"]
 
 # Rows of logits held at once while scoring: 64 rows of a 150k vocabulary are 38 MB.
 _SCORE_ROWS = 64
@@ -432,39 +427,3 @@ def _num_equal(guess: Sequence[int], drawn: Sequence[int]) -> int:
     while count < len(guess) and guess[count] == drawn[count]:
         count += 1
     return count
-
-
-def load_engine(
-    directory: Path,
-    *,
-    kv_bytes: int,
-    exact: bool,
-    limits: EngineLimits | None = None,
-    prefix_cache: bool = True,
-    prompt_lookup: bool = False,
-    int8_kv: bool = False,
-    load_in: LoadIn | None = None,
-) -> Engine:
-    """The engine of a model directory. Raises CheckpointError for anything it cannot serve."""
-    tokenizer = ModelTokenizer.load(directory)
-    decoder = load_decoder(directory, dtype=torch.float32 if exact else torch.bfloat16)
-    model = prepare(decoder, exact=exact, load_in=load_in)
-    del decoder
-    _return_freed_memory()
-    return Engine(
-        model,
-        kv_bytes=kv_bytes,
-        tokenizer=tokenizer,
-        limits=limits,
-        prefix_cache=prefix_cache,
-        prompt_lookup=prompt_lookup,
-        int8_kv=int8_kv,
-        names=checkpoint_names(read_config(directory)),
-    )
-
-
-def _return_freed_memory() -> None:
-    """Unpacking leaves its temporaries with glibc's allocator, a quarter of the process; elsewhere nothing to do."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -187,7 +187,8 @@ def load_default_engine(settings: EngineSettings) -> EngineLike:
     import torch
 
     from quant.bitsandbytes_linear import LoadIn
-    from serving.engine.engine import EngineLimits, load_engine
+    from serving.engine.engine import EngineLimits
+    from serving.engine.load import load_engine
 
     num_threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads()
     # One core stays free for the gateway, which imports the page meanwhile: loading is many small operations, and

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.engine import load_engine
+from serving.engine.load import load_engine
 from tests.training.rl_world import (
     World,
     make_ppo,

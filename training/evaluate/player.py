@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias, TypeVar
 
 from quant.errors import CheckpointError
 from quant.progress import ProgressSink
-from serving.engine.engine import Engine, load_engine
+from serving.engine.engine import Engine
+from serving.engine.load import load_engine
 from serving.engine.requests import (
     EngineEvent,
     FailedEvent,
