@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -14,20 +13,17 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as GgmlType
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from quant.commands_export import export
-from quant.convert.export import Embeddings, export_gguf, linear_rows
+from quant.convert.export import Embeddings, export_gguf
 from quant.errors import CheckpointError
 from quant.formats.autogptq import pack_linear, read_quantized_linears
-from quant.formats.gguf_blocks import permute_rows, round_to_q8_0
-from quant.formats.gguf_conversion import can_keep_codes, convert_gguf, unpermute_rows
-from quant.method.matrix import QuantizedMatrix
+from quant.formats.gguf_conversion import can_keep_codes, convert_gguf
 from quant.progress import SilentProgress
 from serving.model.weights import load_decoder
+from tests.quant.random_matrix import random_matrix
 from tests.quant.tiny_gguf import byte_level_tokens, write_llama
 from tests.quant.tiny_gguf import permute_rows as reference_permutation
 from tests.quant.tiny_models import CONFIG, PALM, write_source
@@ -44,89 +40,6 @@ LLAMA3_SCALING: dict[str, object] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-def random_matrix(bits: int, group_size: int, *, symmetric: bool, rows: int = 8, columns: int = 128) -> QuantizedMatrix:
-    generator = torch.Generator().manual_seed(bits * group_size)
-    groups = columns // group_size
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(torch.uint8)
-
-    middle = 2 ** (bits - 1)
-    zeros = torch.full((rows, groups), middle, dtype=torch.uint8) if symmetric else integers(1, 2**bits, rows, groups)
-    # A scale may be negative: GPTQ says nothing against it.
-    scales = (torch.randn((rows, groups), generator=generator) * 0.16 / 2**bits).to(torch.float16).to(torch.float32)
-    return QuantizedMatrix(integers(0, 2**bits, rows, columns), scales, zeros, bits, group_size)
-
-
-def package_values(type_name: str, rows: np.ndarray) -> np.ndarray:
-    return gguf.dequantize(rows, GgmlType[type_name])
-
-
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize(("bits", "type_name"), [(4, "Q4_0"), (8, "Q8_0")])
-def test_symmetric_codes_are_moved_bit_for_bit(bits: int, type_name: str, group_size: int) -> None:
-    matrix = random_matrix(bits, group_size, symmetric=True)
-    found, rows = linear_rows("linear", matrix)
-    assert found == type_name
-    np.testing.assert_array_equal(package_values(found, rows), matrix.dequantize().numpy())
-
-
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_asymmetric_codes_keep_all_but_the_rounding_of_their_minimum(group_size: int) -> None:
-    matrix = random_matrix(4, group_size, symmetric=False)
-    found, rows = linear_rows("linear", matrix)
-    assert found == "Q4_1"
-    values, exact = package_values(found, rows), matrix.dequantize().numpy()
-    minimums = (matrix.scales * matrix.zeros).numpy()
-    error = np.abs(minimums - minimums.astype(np.float16).astype(np.float32))
-    bound = np.repeat(error, group_size, axis=1) + 1e-7
-    assert (np.abs(values - exact) <= bound).all()
-    assert np.abs(values - exact).max() > 0
-
-
-@pytest.mark.parametrize(
-    "matrix", [random_matrix(8, 32, symmetric=False), random_matrix(4, 16, symmetric=True, columns=48)]
-)
-def test_what_no_block_expresses_becomes_float16(matrix: QuantizedMatrix) -> None:
-    found, rows = linear_rows("linear", matrix)
-    assert found == "F16"
-    np.testing.assert_allclose(rows.astype(np.float32), matrix.dequantize().numpy(), rtol=2**-11, atol=2**-24)
-
-
-def with_groups(matrix: QuantizedMatrix, group_of_input: torch.Tensor) -> QuantizedMatrix:
-    return replace(matrix, group_of_input=group_of_input.to(torch.int32))
-
-
-def test_true_act_order_is_refused_with_the_reason() -> None:
-    matrix = random_matrix(4, 32, symmetric=True)
-    shuffled = with_groups(matrix, torch.randperm(128, generator=torch.Generator().manual_seed(0)) // 32)
-    with pytest.raises(CheckpointError, match=r"layer.q_proj is quantised in shuffled act-order.*--act-order"):
-        linear_rows("layer.q_proj", shuffled)
-
-
-def test_short_last_group_is_expressed_where_it_is_whole_blocks() -> None:
-    matrix = random_matrix(4, 64, symmetric=True)
-    uneven = with_groups(matrix, (torch.arange(128) >= 96).to(torch.int32))
-    found, rows = linear_rows("linear", uneven)
-    assert found == "Q4_0"
-    np.testing.assert_array_equal(package_values(found, rows), uneven.dequantize().numpy())
-    assert linear_rows("linear", with_groups(matrix, (torch.arange(128) >= 100).to(torch.int32)))[0] == "F16"
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-6, 1.0, 1e3]))
-def test_rounding_to_eight_bits_is_the_packages(seed: int, size: float) -> None:
-    values = (np.random.default_rng(seed).normal(size=(3, 64)) * size).astype(np.float32)
-    np.testing.assert_array_equal(round_to_q8_0(values), gguf.quantize(values, GgmlType.Q8_0))
-
-
-def test_permutation_is_the_converters_and_the_readers_undoes_it() -> None:
-    values = np.arange(HEADS * 16 * 3, dtype=np.float32).reshape(-1, 3)
-    permuted = permute_rows(values, HEADS)
-    np.testing.assert_array_equal(permuted, reference_permutation(values, HEADS))
-    np.testing.assert_array_equal(unpermute_rows(torch.from_numpy(permuted), HEADS).numpy(), values)
 
 
 def tokenizer_definition(vocab_size: int = 128) -> dict[str, object]:
