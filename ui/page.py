@@ -55,10 +55,9 @@ class ChatPage:
     def load(self, stored_history: object, stored_settings: object) -> Updates:
         view = _view(_history(stored_history))
         settings = Settings.from_json(stored_settings)
+        fields = [*settings.as_list(), *show_custom(settings.is_custom)]
         # Gradio keeps an update of a folded field until it is unfolded, and may then put it over what is typed first.
-        if settings == Settings():
-            return [*view, *[gr.skip()] * (len(settings.as_list()) + 2)]
-        return [*view, *settings.as_list(), *show_custom(settings.is_custom)]
+        return [*view, *(gr.skip() for _ in fields)] if settings == Settings() else [*view, *fields]
 
     def new_chat(self, stored_history: object) -> Updates:
         return _view(_history(stored_history).opened(_new_id()))
