@@ -14,6 +14,7 @@ from quant.errors import QuantizationError
 from quant.formats.autogptq import locate_tensors
 from quant.formats.checkpoint_names import CheckpointNames
 from quant.formats.tensor_files import TensorFile, as_stored, runs_of
+from quant.heap import give_back_free_memory
 from quant.int4_linear import QuantizedLinear
 from quant.method.gptq import GptqOptions, choose_group_size
 from quant.method.matrix import QuantizedMatrix
@@ -112,6 +113,8 @@ def quantize_to_disk(
         del embedded
         for index in range(num_layers):
             progress.update(QUANTIZE_STAGE, index, num_layers)
+            # A layer leaves a quarter of its peak as gaps; where the next one's blocks do not fit, they would add up.
+            give_back_free_memory()
             reports.append(_settle_layer(source, index, walk, work))
         _settle_last_end(source, walk, options, ends, work)
     progress.update(QUANTIZE_STAGE, num_layers, num_layers)
